@@ -1,0 +1,49 @@
+# make probe   find the micro-batch for the built-in job on this machine's GPU, or on an emulated one
+# make test    run the tests (no GPU needed)
+# make check   lint, format, types
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: probe test test-slow check bench clean
+
+probe: $(VENV)/.installed
+	$(BIN)/autobatch probe --target 256 $(ARGS)
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.tested
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
+
+check: $(VENV)/.checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.tested
+	$(BIN)/python tests/benchmarks/search_cost.py
+	$(BIN)/python tests/benchmarks/start_up.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.checked: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group check --group test
+	touch $@
