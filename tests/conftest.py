@@ -1,0 +1,101 @@
+"""Fixtures for every test: the emulated GPU, compiled once, and scripts run on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from autobatch.emulator.build import Libraries, build_libraries
+from autobatch.emulator.machine import EmulatedMachine
+from autobatch.emulator.torchbuild import find_torch
+from autobatch.gpu.catalogue import find_card
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptRun:
+    """What a script on an emulated machine answered."""
+
+    answer: Any
+    """The JSON that it printed."""
+    unsupported_calls: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptRunner:
+    """Runs Python scripts on emulated machines."""
+
+    libraries: Libraries
+
+    def open(self, *cards: str, tenant_bytes: int = 0) -> EmulatedMachine:
+        """Make a machine with these cards."""
+        return EmulatedMachine([find_card(name) for name in cards], self.libraries, tenant_bytes=tenant_bytes)
+
+    def start(
+        self,
+        machine: EmulatedMachine,
+        script: Path,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> subprocess.Popen[str]:
+        """Start a script on a machine, its output piped."""
+        return subprocess.Popen(
+            [python, str(script), *arguments],
+            env={**script_environment(machine), **(variables or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self,
+        script: Path,
+        cards: Sequence[str],
+        *arguments: str,
+        tenant_bytes: int = 0,
+        variables: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> ScriptRun:
+        """Run a script to its end on a machine of its own, and read the JSON that it prints last."""
+        with self.open(*cards, tenant_bytes=tenant_bytes) as machine:
+            process = self.start(machine, script, *arguments, variables=variables, python=python)
+            output, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, f"{script.name} ended with {process.returncode}\n{errors[-4000:]}"
+            return ScriptRun(answer=json.loads(output.splitlines()[-1]), unsupported_calls=machine.unsupported_calls())
+
+
+def script_environment(machine: EmulatedMachine) -> dict[str, str]:
+    """The environment of a script on this machine: the checkout is imported, and the shell's own choices are not."""
+    variables = machine.environment()
+    variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    variables.pop("PYTORCH_ALLOC_CONF", None)
+    variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in (_ROOT, _ROOT / "server"))
+    return variables
+
+
+@pytest.fixture(scope="session")
+def libraries() -> Libraries:
+    """The compiled emulation for the installed torch."""
+    build = find_torch()
+    if build is None or build.cuda is None:
+        pytest.skip("the installed torch is not a CUDA build")
+    return build_libraries()
+
+
+@pytest.fixture(scope="session")
+def scripts(libraries: Libraries) -> ScriptRunner:
+    """Runs scripts on emulated machines."""
+    return ScriptRunner(libraries=libraries)
