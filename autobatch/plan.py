@@ -295,7 +295,7 @@ def _no_even_plan(question: _Question) -> str:
     """Say why no even plan exists, and what would give one."""
     factors = {"world_size": question.world_size, "multiple_of": question.multiple_of}
     parts = [f"{name} {value}" for name, value in factors.items() if value > 1]
-    reason = f"target {question.target} is not divisible by {' × '.join(parts)}"  # noqa: RUF001 - a product, for a reader
+    reason = f"target {question.target} is not divisible by {' × '.join(parts)}"
     if len(parts) > 1:
         reason += f" = {question.unit}"
     if question.allowed_miss:

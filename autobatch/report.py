@@ -10,8 +10,8 @@ from autobatch.jsonform import JsonValue, from_json_form, to_json_form
 
 # Imported at run time, not for type checking alone: the JSON form, and the service's own schemas,
 # resolve the annotations below.
-from autobatch.options import Objective, ProbeOptions  # noqa: TC001 - see above
-from autobatch.plan import Plan  # noqa: TC001 - see above
+from autobatch.options import Objective, ProbeOptions
+from autobatch.plan import Plan
 from autobatch.trial import Outcome, Trial
 
 if TYPE_CHECKING:

@@ -52,6 +52,9 @@ class Trial:
     held_bytes: int = 0
     """Bytes held by tensors just before the last micro-batch of a window began: weights,
     optimizer state and, under accumulation, gradients. 0 where no window got that far."""
+    largest_segment_bytes: int = 0
+    """The largest piece that the allocator held from the driver at the end: about the largest tensor. What
+    cannot be used for want of a hole that large grows with it."""
     oom_request_bytes: int = 0
     """For `OUT_OF_MEMORY`: the bytes asked for when it was raised, 0 where the error does not say."""
     note: str = ""

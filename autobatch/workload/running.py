@@ -1,0 +1,325 @@
+"""Run one trial of a training job: windows of micro-batches with their optimizer steps, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autobatch.errors import AutobatchError, BusyError, WorkloadError
+from autobatch.gpu.oom import FailureKind, Verdict, classify, requested_bytes
+from autobatch.trial import Outcome, Trial
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autobatch.gpu.memory import DeviceMemory, MemoryReading
+    from autobatch.workload.job import TrainingJob
+
+__all__ = ["TrialRunner"]
+
+# A GradScaler starts high and skips steps until its scale fits; a window whose step was skipped does not count.
+_MOST_WINDOWS = 30
+_MOST_REPEATS = 3
+
+
+@dataclass
+class _Progress:
+    """How far a trial came: read after the frames of a failed one are gone."""
+
+    steps: int = 0
+    windows: int = 0
+    held_bytes: int = 0
+    retries_at_second: int = 0
+    seconds: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What is kept of an exception once its frames, which hold the tensors, are let go."""
+
+    message: str
+    """What to say of it where it is not for want of memory."""
+    traceback_text: str
+    reason: str
+    is_memory: bool = False
+    is_final: bool = False
+    """Whether the CUDA context is lost, so that nothing more can be run or read."""
+    requested_bytes: int = 0
+
+
+class TrialRunner:
+    """Runs trials of one job in this process.
+
+    Each call runs at least `min_windows` windows that end in an optimizer step, so that the optimizer's state exists
+    while later windows run, and reads the footprint while the allocator still holds what it reserved. A size fits where
+    no window ran out of memory, the footprint kept to the budget, and the allocator flushed no cache after the second
+    window (where a GradScaler skips steps, after the second that stepped: only then is there nothing new to hold).
+
+    A trial begins without gradients, as training does, so that gradients left from elsewhere neither take memory in its
+    first window nor pass for its own.
+    """
+
+    def __init__(
+        self,
+        make_job: Callable[[], TrainingJob],
+        memory: DeviceMemory,
+        *,
+        min_windows: int = 3,
+        timed: bool = True,
+        after_trial: Callable[[], None] | None = None,
+    ) -> None:
+        """Prepare to run trials.
+
+        Args:
+            make_job: makes the job afresh for each trial, or gives the caller's own.
+            memory: the device's memory.
+            min_windows: windows of each trial, at least 3.
+            timed: whether seconds mean anything here; they do not on an emulated card.
+            after_trial: puts the caller's state back, where the job is the caller's own.
+        """
+        self._make_job = make_job
+        self._memory = memory
+        self._min_windows = max(3, min_windows)
+        self._timed = timed
+        self._after_trial = after_trial
+        self._smallest_run: int | None = None
+
+    def __call__(self, window: Sequence[int], *, confirmation: bool = False) -> Trial:
+        """Run one trial.
+
+        Args:
+            window: the sizes of the micro-batches before each optimizer step.
+            confirmation: whether the trial confirms a size of the plan.
+
+        Raises:
+            WorkloadError: the job failed, but not for want of device memory; or it ran no optimizer step.
+            BusyError: another process kept taking the device's memory meanwhile.
+        """
+        for _ in range(_MOST_REPEATS):
+            trial, growth = self._attempt(tuple(window), confirmation=confirmation)
+            if trial.fits or growth == 0:
+                return trial
+        raise BusyError(
+            f"another process took {format_bytes(growth)} of the GPU while micro-batch {max(window)} was tried, "
+            f"{_MOST_REPEATS} times: free the GPU, or try again later"
+        )
+
+    def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
+        progress = _Progress(seconds=[])
+        with contextlib.ExitStack() as afterwards:
+            # Last in, first out: the memory is let go before the caller's state is put back, which may need some.
+            if self._after_trial is not None:
+                afterwards.callback(self._after_trial)
+            afterwards.callback(self._memory.end)
+            self._memory.begin()
+            failure = self._run_guarded(window, progress)
+            # Outside the handler: the exception, and with it the frames that hold the tensors, is gone.
+            if failure is not None and failure.is_final:
+                raise WorkloadError(failure.message, traceback_text=failure.traceback_text)
+            reading = self._memory.read()
+            trial = self._judge(window, progress, reading, failure, confirmation=confirmation)
+        return trial, reading.tenant_growth_bytes
+
+    def _run_guarded(self, window: tuple[int, ...], progress: _Progress) -> _Failure | None:
+        try:
+            self._run_windows(window, progress)
+        except WorkloadError as error:
+            # A job that swallowed an out-of-memory error looks like one that never trains: the reading decides.
+            return _Failure(message=str(error), traceback_text=error.traceback_text, reason=str(error))
+        except AutobatchError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the job may raise anything; what it means is decided in one place
+            return self._explain_failure(error, max(window))
+        return None
+
+    def _explain_failure(self, error: Exception, size: int) -> _Failure:
+        smaller_ran = self._smallest_run is not None and self._smallest_run < size
+        verdict = classify(error, device_nearly_full=self._memory.is_nearly_full(), smaller_size_ran=smaller_ran)
+        text = f"{type(error).__name__}: {_first_line(error)}"
+        return _Failure(
+            message=_describe(size, verdict, text),
+            traceback_text="".join(traceback.format_exception(error)),
+            reason=verdict.reason if verdict.kind is FailureKind.MEMORY else text,
+            is_memory=verdict.kind is FailureKind.MEMORY,
+            is_final=verdict.context_lost,
+            requested_bytes=requested_bytes(error),
+        )
+
+    def _run_windows(self, window: tuple[int, ...], progress: _Progress) -> None:
+        job = self._make_job()
+        for optimizer in job.optimizers():
+            optimizer.zero_grad(set_to_none=True)
+        counter = _StepCounter(job)
+        with counter:
+            while progress.steps < self._min_windows:
+                if progress.windows == _MOST_WINDOWS:
+                    raise WorkloadError(
+                        f"{progress.steps} of {progress.windows} windows ended in an optimizer step, {self._min_windows} are "
+                        "needed: is the loss finite, and does end_window step the optimizer?"
+                    )
+                self._run_window(job, window, progress)
+                _check_gradients(job, progress)
+                started = time.perf_counter()
+                _end_window(job)
+                _wait_for_device()
+                progress.windows += 1
+                first_step = progress.steps == 0 < counter.steps
+                progress.steps = counter.steps
+                if counter.steps == 0 and job.scaler is None:
+                    raise WorkloadError(
+                        "the window ended without an optimizer step: end_window must call optimizer.step(); where a "
+                        "GradScaler skips it, pass the scaler"
+                    )
+                self._note_window(progress, time.perf_counter() - started, first_step=first_step)
+
+    def _run_window(self, job: TrainingJob, window: tuple[int, ...], progress: _Progress) -> None:
+        started = time.perf_counter()
+        for position, size in enumerate(window):
+            if position == len(window) - 1:
+                progress.held_bytes = max(progress.held_bytes, self._memory.allocated_bytes())
+            job.micro_step(size)
+        if progress.seconds is not None:
+            progress.seconds.append(time.perf_counter() - started)
+
+    def _note_window(self, progress: _Progress, step_seconds: float, *, first_step: bool) -> None:
+        if progress.seconds:
+            progress.seconds[-1] += step_seconds
+        if progress.windows == 1 or first_step:  # both load kernels, which take memory outside the allocator
+            self._memory.settle()
+        if progress.steps <= 2:
+            progress.retries_at_second = self._memory.alloc_retries()
+
+    def _judge(
+        self,
+        window: tuple[int, ...],
+        progress: _Progress,
+        reading: MemoryReading,
+        failure: _Failure | None,
+        *,
+        confirmation: bool,
+    ) -> Trial:
+        size = max(window)
+        if failure is not None and not failure.is_memory and reading.num_ooms == 0:
+            raise WorkloadError(failure.message, traceback_text=failure.traceback_text)
+        retries = max(0, reading.alloc_retries - progress.retries_at_second)
+        note = ""
+        if failure is not None or reading.num_ooms:
+            outcome = Outcome.OUT_OF_MEMORY
+            note = _describe_shortage(failure)
+        elif reading.footprint_bytes > self._memory.budget_bytes:
+            outcome = Outcome.OVER_BUDGET
+        elif retries:
+            outcome = Outcome.THRASHES
+        else:
+            outcome = Outcome.FITS
+            self._smallest_run = min(size, self._smallest_run or size)
+        return Trial(
+            micro_batch_size=size,
+            outcome=outcome,
+            micro_batches_per_step=len(window),
+            window=window,
+            steps=progress.steps,
+            peak_allocated_bytes=reading.peak_allocated_bytes,
+            peak_reserved_bytes=reading.peak_reserved_bytes,
+            footprint_bytes=reading.footprint_bytes,
+            alloc_retries=retries,
+            # The first window loads kernels and makes the optimizer's state: later ones are what training is like.
+            seconds_per_step=statistics.median(progress.seconds[1:])
+            if self._timed and progress.seconds and progress.steps > 1 and outcome is not Outcome.OUT_OF_MEMORY
+            else None,
+            confirmation=confirmation,
+            held_bytes=progress.held_bytes,
+            largest_segment_bytes=reading.largest_segment_bytes,
+            oom_request_bytes=failure.requested_bytes if failure else 0,
+            note=note,
+        )
+
+
+class _StepCounter:
+    """Counts optimizer steps that really ran, of the optimizer that steps most often."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._counts = [0] * len(job.optimizers())
+        self._job = job
+        self._handles: list[object] = []
+
+    def __enter__(self) -> None:
+        for index, optimizer in enumerate(self._job.optimizers()):
+            self._handles.append(optimizer.register_step_post_hook(self._hook(index)))
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()  # type: ignore[attr-defined]  # torch's RemovableHandle
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        def count(*_: object) -> None:
+            self._counts[index] += 1
+
+        return count
+
+    @property
+    def steps(self) -> int:
+        return max(self._counts)
+
+
+def _end_window(job: TrainingJob) -> None:
+    if job.end_window is not None:
+        job.end_window()
+        return
+    for optimizer in job.optimizers():
+        if job.scaler is None:
+            optimizer.step()
+        else:
+            job.scaler.step(optimizer)
+    if job.scaler is not None:
+        job.scaler.update()
+    for optimizer in job.optimizers():
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _check_gradients(job: TrainingJob, progress: _Progress) -> None:
+    """In the first window: a job that made no gradient would pass every trial without ever having trained."""
+    if progress.windows:
+        return
+    groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
+    if not any(parameter.grad is not None for group in groups for parameter in group["params"]):
+        raise WorkloadError(
+            "after micro_step no parameter of the optimizer has a gradient: micro_step(n) must call loss.backward(), and "
+            "the optimizer must hold the model's own parameters"
+        )
+
+
+def _wait_for_device() -> None:
+    """Kernels run behind the host: without waiting the clock times their launches, and their errors come too late."""
+    import torch
+
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    if is_initialized():
+        torch.cuda.synchronize()
+
+
+def _describe(size: int, verdict: Verdict, text: str) -> str:
+    """Say what a failure means where it is not for want of memory."""
+    if verdict.kind is FailureKind.NOT_VRAM:
+        way_out = f"; --max-micro-batch {size - 1} stays below it" if size > 1 else ""
+        return f"micro-batch {size} hit a limit that is not GPU memory, {verdict.limit}: {text}{way_out}"
+    lost = "; the CUDA context is lost, and this process cannot go on using the GPU" if verdict.context_lost else ""
+    return f"the training job failed at micro-batch {size}, and not for want of memory: {text}{lost}"
+
+
+def _describe_shortage(failure: _Failure | None) -> str:
+    if failure is None:
+        return "the job caught an out-of-memory error and went on"
+    if failure.is_memory:
+        return failure.reason
+    return f"the job caught an out-of-memory error, and then: {failure.reason}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
