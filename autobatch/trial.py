@@ -52,6 +52,8 @@ class Trial:
     held_bytes: int = 0
     """Bytes held by tensors just before the last micro-batch of a window began: weights,
     optimizer state and, under accumulation, gradients. 0 where no window got that far."""
+    gradient_bytes: int = 0
+    """Bytes of the gradients that a window leaves: a part of `held_bytes` under accumulation."""
     largest_segment_bytes: int = 0
     """The largest piece that the allocator held from the driver at the end: about the largest tensor. What
     cannot be used for want of a hole that large grows with it."""

@@ -34,6 +34,7 @@ class _Progress:
     steps: int = 0
     windows: int = 0
     held_bytes: int = 0
+    gradient_bytes: int = 0
     retries_at_second: int = 0
     seconds: list[float] | None = None
 
@@ -234,6 +235,7 @@ class TrialRunner:
             else None,
             confirmation=confirmation,
             held_bytes=progress.held_bytes,
+            gradient_bytes=progress.gradient_bytes,
             largest_segment_bytes=reading.largest_segment_bytes,
             oom_request_bytes=failure.requested_bytes if failure else 0,
             note=note,
@@ -283,11 +285,13 @@ def _end_window(job: TrainingJob) -> None:
 
 
 def _check_gradients(job: TrainingJob, progress: _Progress) -> None:
-    """In the first window: a job that made no gradient would pass every trial without ever having trained."""
+    """In the first window: size up the gradients; a job without any would pass every trial without having trained."""
     if progress.windows:
         return
     groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
-    if not any(parameter.grad is not None for group in groups for parameter in group["params"]):
+    gradients = [grad for group in groups for parameter in group["params"] if (grad := parameter.grad) is not None]
+    progress.gradient_bytes = sum(grad.numel() * grad.element_size() for grad in gradients)
+    if not gradients:
         raise WorkloadError(
             "after micro_step no parameter of the optimizer has a gradient: micro_step(n) must call loss.backward(), and "
             "the optimizer must hold the model's own parameters"

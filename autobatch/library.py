@@ -1,0 +1,163 @@
+"""The library call: probe a training loop in the process that will train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autobatch.emulation import describe_emulation
+from autobatch.errors import UsageError
+from autobatch.facts import EmulationFacts
+from autobatch.options import ProbeOptions
+from autobatch.probing import conduct_probe, nothing_fits
+from autobatch.workload.inspection import inspect_job
+from autobatch.workload.job import TrainingJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from autobatch.facts import DeviceFacts
+    from autobatch.gpu.opening import OpenDevice
+    from autobatch.probing import ProbeEvent
+    from autobatch.report import Report
+    from autobatch.snapshot import Snapshot
+    from autobatch.trial import Trial
+    from autobatch.workload.inspection import Inspection
+    from autobatch.workload.running import TrialRunner
+
+__all__ = ["probe", "probe_on"]
+
+
+def probe(
+    micro_step: Callable[[int], object],
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    target: int,
+    restore: Sequence[object],
+    scaler: torch.amp.GradScaler | None = None,
+    end_window: Callable[[], object] | None = None,
+    workload: str = "micro_step",
+    progress: Callable[[ProbeEvent], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Find the largest micro-batch that trains on this process's GPU, and plan for the target.
+
+    Runs real training steps with the caller's own objects, and puts everything back bit for bit after each trial, also
+    when it fails half-way: what `restore` names, the optimizers and the scaler, gradients, modes, and the random number
+    generators of Python, NumPy and torch. Not covered are data iterators, generators of the caller's own, and plain
+    Python attributes.
+
+    Args:
+        micro_step: called with n; builds the *largest* batch of n samples that training will see, runs forward and
+            `backward()`, and does not step.
+        optimizer: what steps at the end of a window, or several.
+        target: samples per optimizer step, over all ranks.
+        restore: the models, schedulers and whatever else the micro-step changes; `[]` where nothing is to be put back
+            but the optimizer. The optimizer's parameters belong to the model: name it here.
+        scaler: the GradScaler by which `micro_step` scales its loss.
+        end_window: what ends a window in place of stepping and zeroing the optimizers, such as clipping first.
+        workload: a name for the report.
+        progress: called with each event of the probe.
+        **options: further fields of `ProbeOptions`, such as `world_size=4` or `headroom="1GiB"`.
+
+    Returns:
+        The report; `report.plan` has the sizes.
+
+    Raises:
+        NothingFitsError: not even the smallest size fits; its `trials` show it.
+        NoGpuError: this process has no NVIDIA GPU that torch and NVML see.
+        PlanError: the target cannot be hit under the split.
+        UsageError: an argument has no meaning.
+        WorkloadError: the micro-step failed, but not for want of device memory.
+        BusyError: others took the GPU's memory meanwhile, or the deadline passed.
+
+    Example:
+        >>> report = autobatch.probe(micro_step, optimizer=optimizer, target=256, restore=[model])  # doctest: +SKIP
+        >>> report.plan.micro_batch_size, report.plan.accumulation_steps  # doctest: +SKIP
+        (32, 8)
+    """
+    from autobatch.gpu.opening import open_device
+
+    asked = _options(target, options)
+    job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
+    with open_device(asked) as device:
+        report = probe_on(device, job, asked, restore=restore, workload=workload, progress=progress)
+    if report.plan is None:
+        raise nothing_fits(report)
+    return report
+
+
+def probe_on(
+    device: OpenDevice,
+    job: TrainingJob,
+    options: ProbeOptions,
+    *,
+    restore: Sequence[object],
+    workload: str,
+    progress: Callable[[ProbeEvent], None] | None = None,
+) -> Report:
+    """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does."""
+    from autobatch.snapshot import Snapshot
+    from autobatch.workload.running import TrialRunner
+
+    if not isinstance(restore, Sequence) or isinstance(restore, str):
+        raise UsageError(
+            f"restore is a {type(restore).__name__}: pass a list of what the micro-step changes, as in restore=[model]"
+        )
+    kept = [*restore, *job.optimizers(), *([job.scaler] if job.scaler is not None else [])]
+    snapshot = Snapshot.take(_distinct(kept))
+    runner = TrialRunner(
+        lambda: job,
+        device.memory,
+        min_windows=options.min_windows,
+        timed=device.facts.basis == "measured",
+        after_trial=snapshot.restore,
+    )
+    try:
+        return conduct_probe(_OwnTrials(device, runner, job, snapshot), options, workload=workload, progress=progress)
+    finally:
+        snapshot.restore()
+
+
+def _options(target: int, options: dict[str, Any]) -> ProbeOptions:
+    import dataclasses
+
+    known = {field.name for field in dataclasses.fields(ProbeOptions)}
+    if unknown := sorted(set(options) - known):
+        raise UsageError(f"probe() has no option {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
+    if options.get("emulate") is not None or options.get("tenant"):
+        raise UsageError(
+            "a process cannot be given an emulated GPU once it runs: start it with `autobatch emulate GPU -- python …`, "
+            "or use `autobatch probe --emulate GPU`"
+        )
+    return ProbeOptions(target=target, **options)
+
+
+def _distinct(objects: Sequence[object]) -> list[object]:
+    """Each object once, in order: the caller may have named the optimizer in `restore` too."""
+    return list({id(value): value for value in objects}.values())
+
+
+class _OwnTrials:
+    """Trials in this process."""
+
+    def __init__(self, device: OpenDevice, runner: TrialRunner, job: TrainingJob, snapshot: Snapshot) -> None:
+        self._device, self._runner, self._job, self._snapshot = device, runner, job, snapshot
+        self._inspection: Inspection | None = None
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return self._device.facts
+
+    def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
+        if self.facts.basis == "emulated" and self._inspection is None:
+            self._inspection = inspect_job(lambda: self._job, self._device.memory, min(window))
+            self._snapshot.restore()
+        return self._runner(window, confirmation=confirmation)
+
+    def emulation_facts(self) -> EmulationFacts:
+        if self.facts.basis == "measured":
+            return EmulationFacts()
+        return describe_emulation(self._inspection, ()) if self._inspection else EmulationFacts()

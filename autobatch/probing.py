@@ -1,0 +1,247 @@
+"""Conduct a probe: run the trials that the search asks for, make the plan and confirm each of its sizes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from autobatch._version import __version__
+from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError
+from autobatch.facts import DeviceFacts, EmulationFacts
+from autobatch.report import Memory, Report, Versions, fingerprint, utc_timestamp
+from autobatch.search import Bracket, SearchSpace, find_bracket, next_size
+from autobatch.throughput import choose_fastest, sizes_to_time
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autobatch.options import ProbeOptions
+    from autobatch.plan import Plan
+    from autobatch.trial import Trial
+
+__all__ = ["ProbeEvent", "TrialEnded", "TrialSource", "TrialStarted", "conduct_probe", "nothing_fits"]
+
+
+class TrialSource(Protocol):
+    """Where trials run: this process, or a child of its own."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """The device that the trials run on."""
+
+    def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
+        """Run one trial of a window of micro-batch sizes."""
+
+    def emulation_facts(self) -> EmulationFacts:
+        """What is to be said of an emulated answer, asked for after the trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A trial is about to run."""
+
+    window: tuple[int, ...]
+    confirmation: bool
+    bracket: Bracket
+    ceiling: int
+    """The largest size that may be answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnded:
+    """A trial has run."""
+
+    trial: Trial
+    bracket: Bracket
+    seconds: float
+    """What it took by the clock, the making of the job included."""
+
+
+ProbeEvent = DeviceFacts | TrialStarted | TrialEnded
+
+
+def conduct_probe(
+    source: TrialSource,
+    options: ProbeOptions,
+    *,
+    workload: str,
+    progress: Callable[[ProbeEvent], None] | None = None,
+) -> Report:
+    """Find the maximum, plan for the target, and confirm the plan's sizes.
+
+    Args:
+        source: where the trials run.
+        options: what is asked.
+        workload: the training job's name, for the report.
+        progress: called with each event as it comes.
+
+    Returns:
+        The report; its plan is None where nothing fits.
+
+    Raises:
+        PlanError: the target cannot be hit under the split, whatever fits; or a size that fitted leaves no plan, since
+            the smallest one did not.
+        UsageError: the throughput is asked for on an emulated card, which knows no time.
+        BusyError: the deadline passed, or the GPU is taken by others.
+        WorkloadError: the job failed, but not for want of memory.
+    """
+    if options.objective == "throughput" and source.facts.basis == "emulated":
+        raise UsageError("objective 'throughput' needs a real GPU: an emulated one knows no time; use max or plan")
+    options.make_plan(options.ceiling)  # says before the first trial that the target cannot be hit
+    probe = _Probe(source, options, progress or (lambda _: None))
+    plan = probe.find_plan()
+    return probe.report(plan, workload)
+
+
+class _Probe:
+    """One probe under way."""
+
+    def __init__(self, source: TrialSource, options: ProbeOptions, progress: Callable[[ProbeEvent], None]) -> None:
+        self._source = source
+        self._options = options
+        self._progress = progress
+        self._trials: list[Trial] = []
+        self._space = SearchSpace(
+            candidates=options.candidates(), budget_bytes=source.facts.memory.budget_bytes, share=options.share
+        )
+        self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
+        progress(source.facts)
+
+    def find_plan(self) -> Plan | None:
+        """Search, plan and confirm until a plan stands whose sizes have all run."""
+        while True:
+            while (size := next_size(self._trials, self._space)) is not None:
+                self._run((size,) * self._options.micro_batches_per_step(size))
+            largest = find_bracket(self._trials).fits
+            if largest is None:
+                self._check_that_nothing_fitted()
+                return None
+            size = self._fastest_size(largest) if self._options.objective == "throughput" else largest
+            if size is None:  # a size failed while it was timed, and the bracket is another
+                continue
+            plan = self._options.make_plan(size)
+            if self._has_run(plan.confirmation_window):
+                return plan
+            # A size that fails now lowers the bracket, and the search goes on below it.
+            if self._run(plan.confirmation_window, confirmation=True).fits:
+                return plan
+
+    def _check_that_nothing_fitted(self) -> None:
+        fitted = [trial.micro_batch_size for trial in self._trials if trial.fits]
+        if fitted:
+            raise PlanError(
+                f"micro-batch {max(fitted)} fitted, but {find_bracket(self._trials).fails} did not: memory is not monotone "
+                f"here, and no plan of the {self._options.split} split stands; another --split or --target, or "
+                f"--multiple-of {max(fitted)}, keeps away from it"
+            )
+
+    def _fastest_size(self, largest: int) -> int | None:
+        for size in sizes_to_time(self._options, largest):
+            window = (size,) * self._options.micro_batches_per_step(size)
+            if not self._has_run(window) and not self._run(window, confirmation=True).fits:
+                return None
+        return choose_fastest(self._trials, self._options, largest)
+
+    def _has_run(self, window: tuple[int, ...]) -> bool:
+        """Whether a trial that fitted ran these sizes, in as many micro-batches or more."""
+        return any(
+            trial.fits and len(trial.window) >= len(window) and trial.window[-len(window) :] == window
+            for trial in self._trials
+        )
+
+    def _run(self, window: tuple[int, ...], *, confirmation: bool = False) -> Trial:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise BusyError(
+                f"the deadline of {self._options.deadline:g} s passed after {len(self._trials)} trials: give --deadline more, "
+                "or lower --max-micro-batch"
+            )
+        bracket = find_bracket(self._trials)
+        self._progress(
+            TrialStarted(window=window, confirmation=confirmation, bracket=bracket, ceiling=self._space.ceiling)
+        )
+        started = time.monotonic()
+        trial = self._source.run_trial(window, confirmation=confirmation)
+        self._trials.append(trial)
+        self._progress(TrialEnded(trial=trial, bracket=find_bracket(self._trials), seconds=time.monotonic() - started))
+        return trial
+
+    def report(self, plan: Plan | None, workload: str) -> Report:
+        """Put together what was found."""
+        facts, emulation = self._source.facts, self._source.emulation_facts()
+        bracket = find_bracket(self._trials)
+        largest = bracket.fits
+        ceiling_reached = largest == self._space.ceiling
+        answer = next(
+            (trial for trial in reversed(self._trials) if trial.micro_batch_size == largest), self._trials[-1]
+        )
+        warnings = [] if plan is None else list(plan.warnings)
+        if not bracket.monotone:
+            warnings.append(
+                f"a size above {bracket.fails} fitted although {bracket.fails} did not: memory is not monotone here"
+            )
+        if emulation.data_dependent:
+            warnings.append(
+                f"shapes are read from the device by {', '.join(emulation.data_dependent)}: an emulated card holds no values, "
+                "so this under-measures and is not certified; probe on a real GPU"
+            )
+        return Report(
+            basis=facts.basis,
+            workload=workload,
+            fingerprint=_fingerprint(facts, workload),
+            plan=plan,
+            objective=self._options.objective,
+            measured_at=utc_timestamp(),
+            micro_batches_per_step=answer.micro_batches_per_step,
+            max_micro_batch_size=largest,
+            smallest_failing=bracket.fails,
+            ceiling_reached=ceiling_reached,
+            monotone=bracket.monotone,
+            device=facts.device,
+            memory=_memory_seen(facts.memory, self._trials),
+            trials=tuple(self._trials),
+            versions=Versions(autobatch=__version__, torch=facts.torch_version, cuda=facts.cuda_version),
+            options=self._options,
+            certified=not emulation.data_dependent and (largest is not None or bracket.fails is not None),
+            data_dependent=emulation.data_dependent,
+            not_modelled=emulation.not_modelled,
+            expected_error=emulation.expected_error,
+            warnings=tuple(warnings),
+        )
+
+
+def nothing_fits(report: Report) -> NothingFitsError:
+    """The error for a report without a plan: what was too small, and the ways out."""
+    smallest = min(trial.micro_batch_size for trial in report.trials)
+    return NothingFitsError(
+        f"micro-batch {smallest} does not fit into the budget of {format_bytes(report.memory.budget_bytes)} on "
+        f"{report.device.name}: a larger card, a smaller model, shorter sequences, activation checkpointing or a lower "
+        "--headroom would help",
+        trials=report.trials,
+    )
+
+
+def _memory_seen(memory: Memory, trials: Sequence[Trial]) -> Memory:
+    """Add what the trials showed outside the allocator: the context, grown by the kernels that they loaded."""
+    seen = [trial.footprint_bytes - trial.peak_reserved_bytes for trial in trials if trial.fits]
+    context_bytes = max(0, min(seen)) if seen else memory.context_bytes
+    return Memory(
+        budget_bytes=memory.budget_bytes,
+        headroom_bytes=memory.headroom_bytes,
+        other_tenants_bytes=memory.other_tenants_bytes,
+        context_bytes=context_bytes,
+    )
+
+
+def _fingerprint(facts: DeviceFacts, workload: str) -> str:
+    return fingerprint(
+        workload=workload,
+        basis=facts.basis,
+        card=facts.device.name,
+        total_bytes=facts.device.total_bytes,
+        torch=facts.torch_version,
+        cuda=facts.cuda_version,
+        driver=facts.device.driver,
+        allocator=facts.allocator_settings,
+    )
