@@ -14,7 +14,7 @@ probe: $(VENV)/.installed
 	$(BIN)/autobatch probe --target 256 $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)

@@ -51,7 +51,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for card, workload in pairs:
         for steps in (2, 1):
-            path = FOLDER / f"{_slug(workload)}-{_slug(card)}-{steps}.json.gz"
+            path = FOLDER / f"{slug(workload)}-{slug(card)}-{steps}.json.gz"
             if path.exists():
                 continue
             with open_machine([card]) as machine:
@@ -59,7 +59,7 @@ def main() -> None:
                 subprocess.run(command, env=machine.environment(), check=True)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 

@@ -109,7 +109,7 @@ class Job:
     def step(self, fail_at: str = "") -> None:
         self.model.fail_at = fail_at if fail_at in ("forward", "backward") else ""
         try:
-            draws = random.uniform(0, 1), float(np.random.rand())  # noqa: S311 - a training job draws so
+            draws = random.uniform(0, 1), float(np.random.rand())
             x = torch.randn(8, 6, device=self.device) * draws[0] + draws[1]
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(self.model(x).square().mean()).backward()

@@ -1,0 +1,7 @@
+"""`python -m autobatch`."""
+
+import sys
+
+from autobatch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,147 @@
+"""The command line: `autobatch probe`, `plan`, `emulate`, `gpus` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from autobatch._version import __version__
+from autobatch.cli.output import say, silence_output
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+__all__ = ["main"]
+
+_DESCRIPTION = "Find the largest micro-batch that really trains on a GPU, and hit an effective batch size exactly."
+_EPILOG = """\
+exit codes: 0 fits; 2 usage; 3 does not fit even at the smallest size; 4 the training job failed or took too long;
+5 the target cannot be hit under the split; 69 no GPU, driver or service; 75 GPU busy or deadline passed;
+130 interrupted; 143 terminated"""
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _EndedBySignal(BaseException):
+    """A signal that ends the program, raised where it stands so that everything on the way out is closed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the way out, and exit 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def flags(self) -> tuple[str, ...]:
+        """Every flag that this parser takes."""
+        return tuple(flag for action in self._actions for flag in action.option_strings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; those of the process where None.
+
+    Returns:
+        The exit status.
+    """
+    _hold_standard_streams()
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    try:
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:  # nohup: started to outlive its terminal
+                signal.signal(number, _raise_ended)
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except _EndedBySignal as ended:
+        say("terminated")
+        return 128 + ended.number
+    except BrokenPipeError:
+        silence_output()
+        return 141
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str]) -> int:
+    words, command = _split_command(arguments)
+    parser = _build_parser()
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        parsed.parser.error(f"{' '.join(unknown)} is not understood{_nearest_flag(parsed.parser, unknown[0])}")
+    parsed.command = command
+    try:
+        return int(parsed.run(parsed))
+    except AutobatchError as error:
+        return _show(error, verbose=getattr(parsed, "verbose", False))
+
+
+def _nearest_flag(parser: Parser, word: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word.partition("=")[0], parser.flags(), n=1)
+    return f": did you mean {near[0]}?" if near and word.startswith("-") else ""
+
+
+def _hold_standard_streams() -> None:
+    """Open what is closed of descriptors 0 to 2, so that no pipe or log of ours takes such a number."""
+    if None in {sys.stdin, sys.stdout, sys.stderr}:
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
+
+
+def _split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """Part our own arguments from a command after `--`."""
+    if "--" not in arguments:
+        return arguments, None
+    position = arguments.index("--")
+    return arguments[:position], arguments[position + 1 :]
+
+
+def _build_parser() -> Parser:
+    from autobatch.cli import cards, emulate, plan, probe
+
+    parser = Parser(
+        prog="autobatch",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (probe, plan, emulate, cards):
+        module.add_commands(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _raise_ended(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    raise _EndedBySignal(number)
+
+
+def _show(error: AutobatchError, *, verbose: bool) -> int:
+    text = getattr(error, "traceback_text", "")
+    if verbose and text and sys.stderr is not None:
+        sys.stderr.write(text.rstrip() + "\n")
+    hint = " (--verbose shows its traceback)" if text and not verbose else ""
+    say(f"{error}{hint}")
+    return error.exit_code

@@ -1,0 +1,75 @@
+"""What a process that died left in its log: where it stood, and what it said last."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+__all__ = ["last_line", "last_place", "read_tail"]
+
+_MOST_BYTES = 1 << 18
+_OWN_FOLDER = str(Path(__file__).parent)
+_FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)')
+# faulthandler's dump: the error, the stacks of the threads, the modules in C.
+_DUMP_STARTS = ("Fatal Python error: ",)
+_LONGEST_LINE = 200
+
+
+def read_tail(descriptor: int, lines: int) -> str:
+    """Read the last lines of a log, at most 256 KiB of it: a job may print without end.
+
+    Args:
+        descriptor: the open log; its position is left as it is, since a writer may share it.
+        lines: how many lines.
+    """
+    size = os.fstat(descriptor).st_size
+    start = max(0, size - _MOST_BYTES)
+    text = os.pread(descriptor, size - start, start).decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def last_place(log: str) -> str:
+    """Name where a crash stood, `train.py, line 7 in step`: the innermost frame of the job's own; empty if unknown."""
+    _, dump = _part(log)
+    frames = [match for line in _crashed_thread(dump) if (match := _FRAME.fullmatch(line))]
+    own = [frame for frame in frames if not _is_machinery(frame["file"])]
+    if not frames:
+        return ""
+    frame = (own or frames)[0]
+    return f"{frame['file']}, line {frame['line']} in {frame['function']}"
+
+
+def last_line(log: str) -> str:
+    """The last line that the process itself wrote, shortened where it is long; empty if there is none."""
+    said, _ = _part(log)
+    written = [line.strip() for line in said if line.strip()]
+    if not written:
+        return ""
+    line = written[-1]
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " …"
+
+
+def _part(log: str) -> tuple[list[str], list[str]]:
+    """Part what the process wrote from faulthandler's dump after it."""
+    lines = log.splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith(_DUMP_STARTS):
+            return lines[:index], lines[index:]
+    return lines, []
+
+
+def _crashed_thread(dump: list[str]) -> list[str]:
+    """The stack of the thread that the dump calls the current one; every stack where it names none."""
+    for index, line in enumerate(dump):
+        if line.startswith("Current thread "):
+            rest = dump[index + 1 :]
+            return rest[: rest.index("")] if "" in rest else rest
+    return dump
+
+
+def _is_machinery(file: str) -> bool:
+    return file.startswith((_OWN_FOLDER, "<frozen")) or "/site-packages/" in file or _STANDARD_LIBRARY in file
+
+
+_STANDARD_LIBRARY = os.path.dirname(os.__file__)  # noqa: PTH120 - compared with text as faulthandler writes it

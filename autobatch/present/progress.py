@@ -1,0 +1,104 @@
+"""A probe's progress on standard error: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from autobatch.facts import DeviceFacts
+from autobatch.present.tables import OUTCOME_WORDS, window_text
+from autobatch.probing import TrialEnded, TrialStarted
+from autobatch.trial import Outcome
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from autobatch.probing import ProbeEvent
+    from autobatch.search import Bracket
+    from autobatch.trial import Trial
+
+__all__ = ["ProgressLines"]
+
+_STARTING = "starting torch …"
+
+
+class ProgressLines:
+    """Shows each event of a probe: which size is tried, what it took, and the bracket around the answer.
+
+    A context manager; called with each `ProbeEvent`.
+    """
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
+        """Prepare to write.
+
+        Args:
+            console: where to.
+            live: whether a terminal shows what is under way, in a line that moves; not where others write to it too.
+        """
+        self._console = console
+        self._status = console.status(_STARTING) if console.is_terminal and live else None
+        self._budget_bytes = 1
+
+    def __enter__(self) -> Self:
+        if self._status is not None:
+            self._status.start()
+        else:
+            self._console.print(_STARTING, highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: ProbeEvent) -> None:
+        """Show one event."""
+        from rich.text import Text
+
+        if isinstance(event, DeviceFacts):
+            self._budget_bytes = event.memory.budget_bytes
+            budget = format_bytes(event.memory.budget_bytes)
+            self._line(Text(f"{event.device.name} ({event.basis}), torch {event.torch_version}, budget {budget}"))
+        elif isinstance(event, TrialStarted):
+            self._show_start(event)
+        else:
+            self._show_end(event)
+
+    def _show_start(self, event: TrialStarted) -> None:
+        if self._status is not None:
+            what = "confirming" if event.confirmation else "trying"
+            bracket = _bracket_text(event.bracket) or f"at most {event.ceiling}"
+            self._status.update(f"{what} {window_text(event.window)}   {bracket}")
+
+    def _show_end(self, event: TrialEnded) -> None:
+        from rich.text import Text
+
+        trial = event.trial
+        words, colour = OUTCOME_WORDS[trial.outcome]
+        # A confirmation that fits leaves the bracket as it was.
+        result = "confirmed" if trial.confirmation and trial.fits else _bracket_text(event.bracket)
+        line = Text(f"{window_text(trial.window):>10}  ")
+        line.append(f"{words:<13}", colour)
+        line.append(f" {self._memory(trial):<24}{event.seconds:6.1f} s   {result}")
+        self._line(line)
+
+    def _memory(self, trial: Trial) -> str:
+        if trial.outcome is Outcome.OUT_OF_MEMORY:
+            asked = trial.oom_request_bytes
+            return f"asked for {format_bytes(asked)} more" if asked else ""
+        return f"{format_bytes(trial.footprint_bytes)} ({trial.footprint_bytes / self._budget_bytes:.1%})"
+
+    def _line(self, text: Text) -> None:
+        self._console.print(text, highlight=False, no_wrap=True, overflow="ellipsis")
+
+
+def _bracket_text(bracket: Bracket) -> str:
+    if bracket.fits is None:
+        return "" if bracket.fails is None else f"below {bracket.fails}"
+    if bracket.fails is None:
+        return f"at least {bracket.fits}"
+    return f"between {bracket.fits} and {bracket.fails}"
