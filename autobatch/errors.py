@@ -75,14 +75,16 @@ class WorkloadError(AutobatchError):
 
     Attributes:
         traceback_text: the job's own traceback, empty where there is none.
+        context_lost: whether the CUDA context went with it, so that this process can no longer use the device.
     """
 
     exit_code = 4
     code = "workload-failed"
 
-    def __init__(self, message: str, *, traceback_text: str = "") -> None:
+    def __init__(self, message: str, *, traceback_text: str = "", context_lost: bool = False) -> None:
         super().__init__(message)
         self.traceback_text = traceback_text
+        self.context_lost = context_lost
 
 
 class PlanError(AutobatchError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch.emulation import describe_emulation
-from autobatch.errors import UsageError
+from autobatch.errors import UsageError, WorkloadError
 from autobatch.facts import EmulationFacts
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe, nothing_fits
@@ -60,7 +60,9 @@ def probe(
         end_window: what ends a window in place of stepping and zeroing the optimizers, such as clipping first.
         workload: a name for the report.
         progress: called with each event of the probe.
-        **options: further fields of `ProbeOptions`, such as `world_size=4` or `headroom="1GiB"`.
+        **options: the device is the one of the optimizer's parameters where `device` does not name one; `trial_timeout`
+            concerns trials in a process of their own, and is without effect here. The other fields of `ProbeOptions`
+            as they are, such as `world_size=4` or `headroom="1GiB"`.
 
     Returns:
         The report; `report.plan` has the sizes.
@@ -80,8 +82,8 @@ def probe(
     """
     from autobatch.gpu.opening import open_device
 
-    asked = _options(target, options)
     job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
+    asked = _options(target, {"device": _device_of(job), **options})
     with open_device(asked) as device:
         report = probe_on(device, job, asked, restore=restore, workload=workload, progress=progress)
     if report.plan is None:
@@ -115,10 +117,22 @@ def probe_on(
         timed=device.facts.basis == "measured",
         after_trial=snapshot.restore,
     )
+    is_lost = False
     try:
         return conduct_probe(_OwnTrials(device, runner, job, snapshot), options, workload=workload, progress=progress)
+    except WorkloadError as error:
+        is_lost = error.context_lost
+        raise
     finally:
-        snapshot.restore()
+        if not is_lost:  # on a lost context nothing can be put back, and the attempt would hide the reason
+            snapshot.restore()
+
+
+def _device_of(job: TrainingJob) -> str:
+    """The first CUDA device that the optimizers' parameters are on; `cuda:0` where none is."""
+    groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
+    devices = (parameter.device for group in groups for parameter in group["params"])
+    return next((f"cuda:{device.index or 0}" for device in devices if device.type == "cuda"), "cuda:0")
 
 
 def _options(target: int, options: dict[str, Any]) -> ProbeOptions:

@@ -198,8 +198,8 @@ class ProbeOptions:
         to `multiple_of`. Cost: O(√share).
         """
         unit, ceiling = self.multiple_of, self.ceiling
-        if self.objective != "plan":
-            return range(unit, ceiling + 1, unit)
+        if self.objective != "plan" or self.tolerance_fraction:
+            return range(unit, ceiling + 1, unit)  # under a tolerance the steps change at sizes of any kind
         # ⌈share/k⌉ is (share - 1)//k + 1, and k can jump to where the quotient next falls.
         rest, steps, sizes = self.share - 1, 1, {unit}
         while steps <= rest:

@@ -93,6 +93,13 @@ class Plan:
         return tuple(size / self.effective_batch_size for size in self.micro_batch_sizes)
 
     @property
+    def confirmation_windows(self) -> tuple[tuple[int, ...], ...]:
+        """Every window whose trial is needed: `confirmation_window`, and each size of its own without accumulation."""
+        if self.accumulation_steps == 1:
+            return tuple((size,) for size in self.sizes)
+        return (self.confirmation_window,)
+
+    @property
     def confirmation_window(self) -> tuple[int, ...]:
         """The window whose trial confirms every size of the plan.
 

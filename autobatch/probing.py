@@ -114,35 +114,48 @@ class _Probe:
         while True:
             while (size := next_size(self._trials, self._space)) is not None:
                 self._run((size,) * self._options.micro_batches_per_step(size))
-            largest = find_bracket(self._trials).fits
-            if largest is None:
+            bracket = find_bracket(self._trials)
+            if bracket.fits is None:
                 self._check_that_nothing_fitted()
                 return None
-            size = self._fastest_size(largest) if self._options.objective == "throughput" else largest
-            if size is None:  # a size failed while it was timed, and the bracket is another
-                continue
-            plan = self._options.make_plan(size)
-            if self._has_run(plan.confirmation_window):
+            plan = self._confirmed_plan(bracket.fits)
+            if plan is not None:
                 return plan
-            # A size that fails now lowers the bracket, and the search goes on below it.
-            if self._run(plan.confirmation_window, confirmation=True).fits:
-                return plan
+            # What failed lowers the bracket, and the search goes on below it.
+            if find_bracket(self._trials) == bracket:
+                raise self._not_monotone()
 
-    def _check_that_nothing_fitted(self) -> None:
-        fitted = [trial.micro_batch_size for trial in self._trials if trial.fits]
-        if fitted:
-            raise PlanError(
-                f"micro-batch {max(fitted)} fitted, but {find_bracket(self._trials).fails} did not: memory is not monotone "
-                f"here, and no plan of the {self._options.split} split stands; another --split or --target, or "
-                f"--multiple-of {max(fitted)}, keeps away from it"
-            )
-
-    def _fastest_size(self, largest: int) -> int | None:
-        for size in sizes_to_time(self._options, largest):
-            window = (size,) * self._options.micro_batches_per_step(size)
+    def _confirmed_plan(self, largest: int) -> Plan | None:
+        """Plan for the largest size and run what of the plan has not run; None where some of it failed."""
+        if self._options.objective == "throughput" and not self._time_sizes(largest):
+            return None
+        fastest = self._options.objective == "throughput"
+        plan = self._options.make_plan(choose_fastest(self._trials, self._options, largest) if fastest else largest)
+        for window in plan.confirmation_windows:
             if not self._has_run(window) and not self._run(window, confirmation=True).fits:
                 return None
-        return choose_fastest(self._trials, self._options, largest)
+        return plan
+
+    def _time_sizes(self, largest: int) -> bool:
+        """Run the sizes of a throughput comparison that have not run; False where one failed that had not before."""
+        for size in sizes_to_time(self._options, largest):
+            window = (size,) * self._options.micro_batches_per_step(size)
+            has_failed = any(not trial.fits and trial.window == window for trial in self._trials)
+            if not has_failed and not self._has_run(window) and not self._run(window, confirmation=True).fits:
+                return False
+        return True
+
+    def _check_that_nothing_fitted(self) -> None:
+        if any(trial.fits for trial in self._trials):
+            raise self._not_monotone()
+
+    def _not_monotone(self) -> PlanError:
+        largest = max(trial.micro_batch_size for trial in self._trials if trial.fits)
+        failing = min(trial.micro_batch_size for trial in self._trials if not trial.fits)
+        return PlanError(
+            f"micro-batch {largest} fitted, but {failing} did not: memory is not monotone here, and no plan of the "
+            f"{self._options.split} split stands; another --split or --target, or --multiple-of {largest}, keeps away from it"
+        )
 
     def _has_run(self, window: tuple[int, ...]) -> bool:
         """Whether a trial that fitted ran these sizes, in as many micro-batches or more."""
@@ -178,8 +191,11 @@ class _Probe:
         )
         warnings = [] if plan is None else list(plan.warnings)
         if not bracket.monotone:
+            failing = min(trial.micro_batch_size for trial in self._trials if not trial.fits)
             warnings.append(
-                f"a size above {bracket.fails} fitted although {bracket.fails} did not: memory is not monotone here"
+                f"micro-batch {failing}, which accumulates, did not fit, but the whole share of {largest} in one did"
+                if bracket.fails is None
+                else f"a size above {failing} fitted although {failing} did not: memory is not monotone here"
             )
         if emulation.data_dependent:
             warnings.append(
@@ -189,7 +205,7 @@ class _Probe:
         return Report(
             basis=facts.basis,
             workload=workload,
-            fingerprint=_fingerprint(facts, workload),
+            fingerprint=_fingerprint(facts, workload, self._options),
             plan=plan,
             objective=self._options.objective,
             measured_at=utc_timestamp(),
@@ -234,7 +250,8 @@ def _memory_seen(memory: Memory, trials: Sequence[Trial]) -> Memory:
     )
 
 
-def _fingerprint(facts: DeviceFacts, workload: str) -> str:
+def _fingerprint(facts: DeviceFacts, workload: str, options: ProbeOptions) -> str:
+    """Hash what the trials depend on; the target and the split are arithmetic on them."""
     return fingerprint(
         workload=workload,
         basis=facts.basis,
@@ -244,4 +261,7 @@ def _fingerprint(facts: DeviceFacts, workload: str) -> str:
         cuda=facts.cuda_version,
         driver=facts.device.driver,
         allocator=facts.allocator_settings,
+        headroom=options.headroom,
+        memory_limit=options.memory_limit,
+        min_windows=options.min_windows,
     )

@@ -121,7 +121,10 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
     if bracket.fails is None:
         return _grow(inside, space, bracket)
     if bracket.fits is None:
-        return None if bracket.fails == space.candidates[0] else _shrink(inside, space, bracket.fails)
+        if bracket.fails != space.candidates[0]:
+            return _shrink(inside, space, bracket.fails)
+        # The gradients of an earlier micro-batch may be all that was too much: the share whole has none.
+        return space.share if _is_whole_share_untried(inside, space) else None
     if space.above(bracket.fits) == bracket.fails:
         return space.share if _whole_share_may_fit(inside, space, bracket.fits) else None
     return _close(inside, space, bracket.fits, bracket.fails)
@@ -164,9 +167,13 @@ def _grow(trials: Sequence[Trial], space: SearchSpace, bracket: Bracket) -> int 
     return proposal
 
 
+def _is_whole_share_untried(trials: Sequence[Trial], space: SearchSpace) -> bool:
+    return space.ceiling == space.share and all(trial.micro_batch_size != space.share for trial in trials)
+
+
 def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, low: int) -> bool:
     """Whether a share in one micro-batch is untried, and would fit by the estimate that leaves nothing unusable."""
-    if space.ceiling != space.share or any(trial.micro_batch_size == space.share for trial in trials):
+    if not _is_whole_share_untried(trials, space):
         return False
     trial = _trial_at(trials, low)
     room = space.budget_bytes - _outside(trial) - (trial.held_bytes - trial.gradient_bytes)

@@ -149,7 +149,7 @@ def format_percent(part: int, whole: int) -> str:
     while True:
         scaled = part * 100 * 10**decimals
         digits = -(-scaled // whole)
-        if digits >= 10 or scaled % whole == 0:
+        if scaled >= 10 * whole or scaled % whole == 0:
             break
         decimals += 1
     text = f"{digits // 10**decimals}.{digits % 10**decimals:0{decimals}d}"

@@ -98,7 +98,15 @@ def _serve(requests: io.TextIOWrapper, answers: io.TextIOWrapper) -> None:
 
     with open_device(options) as device:
         _answer(answers, ready=to_json_form(device.facts))
-        _serve_trials(requests, answers, device, options, lambda: make_job(name, factory))
+        _serve_trials(requests, answers, device, options, lambda: make_job(name, _as_at_start(factory)))
+
+
+def _as_at_start(factory: Callable[..., object]) -> Callable[..., object]:
+    """A factory as a fresh process would find torch: what was compiled for one size is not made dynamic by the next."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+    return factory
 
 
 def _serve_trials(

@@ -107,6 +107,14 @@ class ScriptedMemory:
     def is_nearly_full(self) -> bool:
         return self.nearly_full
 
+    @property
+    def device_name(self) -> None:
+        """Any device: the jobs of these tests are on the CPU."""
+        return
+
+    def abandon(self) -> None:
+        self.calls.append("abandon")
+
     def end(self) -> None:
         self._note("end")
 

@@ -513,3 +513,19 @@ def test_peers_defect_11_a_fit_only_proposes(curve: str, target: int) -> None:
     report = probe_job(memory, int, job=job, target=target)
     assert report.max_micro_batch_size == max(fits)
     assert report.smallest_failing == (None if max(fits) == target else max(fits) + 1)
+
+
+def test_a_lost_context_keeps_its_reason() -> None:
+    """Nothing is put back on a lost context, so that the error is the job's own and not the attempt's."""
+    memory = ScriptedMemory()
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def micro_step(n: int) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    job = TrainingJob(micro_step=micro_step, optimizer=optimizer)
+    with pytest.raises(WorkloadError, match="device-side assert") as caught:
+        probe_on(scripted_device(memory), job, ProbeOptions(target=8), restore=[model], workload="lost")
+    assert caught.value.context_lost
+    assert "end" not in memory.calls

@@ -421,3 +421,17 @@ def test_the_fingerprint_tells_jobs_and_devices_apart() -> None:
     other = conduct_probe(Trials(up_to(5)), ProbeOptions(target=8), workload="other")
     emulated = probe(Trials(up_to(5), expected_error="0.4 %"), target=8)
     assert len({first.fingerprint, other.fingerprint, emulated.fingerprint}) == 3
+
+
+def test_a_plan_over_ranks_of_two_sizes_runs_both():
+    """255 over two ranks without accumulation is 128 and 127: each is a trial of its own."""
+    options = ProbeOptions(target=255, world_size=2, split="balanced")
+    plan = options.make_plan(128)
+    assert plan.confirmation_windows == ((128,), (127,))
+
+
+def test_a_plan_under_a_tolerance_may_take_any_size():
+    """With a tolerance the fewest steps may come at any size: 84 × 3 is within 5 % of 256, and 64 × 4 is not the answer."""
+    options = ProbeOptions(target=256, objective="plan", tolerance="5%")
+    assert 84 in options.candidates()
+    assert options.make_plan(84).accumulation_steps == 3

@@ -409,7 +409,7 @@ def test_an_ambiguous_error_is_memory_where_a_smaller_size_ran(recorder: Recorde
 
 
 def test_a_lost_context_ends_the_probe_and_nothing_more_is_read(recorder: Recorder) -> None:
-    """After an illegal access every reading is void, also where the allocator had counted an out-of-memory error."""
+    """After an illegal access every reading is void, and nothing is freed or put back: each call would fail anew."""
 
     def lose() -> None:
         recorder.memory.ooms += 1
@@ -418,7 +418,7 @@ def test_a_lost_context_ends_the_probe_and_nothing_more_is_read(recorder: Record
     recorder.at[1] = lose
     with pytest.raises(WorkloadError, match="context is lost"):
         runner(recorder)((1,))
-    assert recorder.memory.calls == ["begin", "end"]
+    assert recorder.memory.calls == ["begin", "abandon"]
 
 
 def test_errors_of_this_package_pass_as_they_are(memory: ScriptedMemory) -> None:
@@ -607,3 +607,34 @@ def test_the_hooks_that_count_steps_are_removed(recorder: Recorder, error: BaseE
     with contextlib.suppress(KeyboardInterrupt):
         runner(recorder)((1,))
     assert dict(hooks) == before
+
+
+def test_an_end_of_window_that_steps_twice_is_one_step(recorder: Recorder) -> None:
+    """Three windows run also where each ends in two steps of the optimizer."""
+
+    def end_window() -> None:
+        recorder.optimizer.step()
+        recorder.optimizer.step()
+        recorder.optimizer.zero_grad()
+
+    def job() -> TrainingJob:
+        return TrainingJob(micro_step=recorder.micro_step, optimizer=recorder.optimizer, end_window=end_window)
+
+    trial = TrialRunner(job, recorder.memory)((1,))
+    assert trial.steps == 3
+    assert recorder.events.count("micro 1") == 3
+
+
+class OtherDevice(ScriptedMemory):
+    """A device that the job's tensors are not on."""
+
+    @property
+    def device_name(self) -> str:  # type: ignore[override]  # the fake's own takes any device
+        return "cuda:0"
+
+
+def test_a_job_on_another_device_is_refused(recorder: Recorder) -> None:
+    """Trials of a job on the CPU would all fit the GPU: both devices are named."""
+    recorder.memory = OtherDevice()
+    with pytest.raises(WorkloadError, match="parameters are on cpu, and the probe measures cuda:0"):
+        runner(recorder)((1,))

@@ -217,3 +217,11 @@ def test_a_share_far_above_what_fits_is_not_tried_whole():
     trials, bracket = search_share(whole_share_curve(share, gradient_mib=1300), share)
     assert max(trial.micro_batch_size for trial in trials) < share
     assert bracket.fails == (bracket.fits or 0) + 1
+
+
+def test_a_share_is_tried_whole_where_not_even_the_smallest_size_holds_its_gradients():
+    """Two samples with gradients are too much, both at once without them are not: the share whole is the answer."""
+    share = 2
+    trials, bracket = search_share(whole_share_curve(share, gradient_mib=9_500), share)
+    assert [trial.fits for trial in trials] == [False, True]
+    assert bracket.fits == share

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from autobatch.errors import NoGpuError, UnavailableError, UsageError
+from autobatch.gpu.ballast import Ballast
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class MemoryReading:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     footprint_bytes: int
-    """What NVML shows that the device gave this process, as it stands now."""
+    """What NVML shows that the device gave this process beside the allocator, and the most that the allocator held:
+    after a flush it holds less than that."""
     alloc_retries: int
     """Cache flushes since the trial began (`num_alloc_retries`)."""
     num_ooms: int
@@ -41,6 +43,10 @@ class MemoryReading:
 
 class DeviceMemory(Protocol):
     """What a trial needs of the device that it runs on."""
+
+    @property
+    def device_name(self) -> str | None:
+        """The device as torch names it, `cuda:0`; None where any will do."""
 
     @property
     def budget_bytes(self) -> int:
@@ -67,11 +73,16 @@ class DeviceMemory(Protocol):
     def end(self) -> None:
         """Lift the cap and free every cache. May be called again."""
 
+    def abandon(self) -> None:
+        """Leave the device alone from now on: its context is lost, and every call would fail."""
+
 
 # A device with less free than this refuses cuBLAS and cuDNN their own allocations (handles, workspaces of 8 to 32 MiB).
 _NEARLY_FULL_BYTES = 256 << 20
 # Other processes' contexts grow by a few MiB as their kernels load; that is no new tenant.
-_TENANT_SLACK_BYTES = 32 << 20
+_TENANT_SLACK_BYTES = 64 << 20
+# Where NVML does not say what this process has: what may come beside the allocator (kernels, libraries) without being one.
+_UNKNOWN_SLACK_BYTES = 1 << 30
 
 
 class CudaMemory:
@@ -100,7 +111,8 @@ class CudaMemory:
             ordinal: the device as torch counts.
             tenants_bytes: what other processes hold on it, and the budget leaves to them.
             headroom_bytes: what the budget leaves free.
-            memory_limit_bytes: the size of a smaller card that is to be stood in for; None for the card itself.
+            memory_limit_bytes: the size of a smaller card that is to be stood in for, for this process alone: other
+                tenants take of the rest first; None for the card itself.
 
         Raises:
             UsageError: the budget comes out at nothing.
@@ -114,16 +126,23 @@ class CudaMemory:
         self._ordinal = ordinal
         memory = device.memory()
         usable = memory.total_bytes - memory.reserved_bytes
-        self._usable_bytes = usable
         self._tenants_bytes = tenants_bytes
         self._cuda_total_bytes: int = torch.cuda.get_device_properties(ordinal).total_memory
-        card_bytes = min(usable, self._cuda_total_bytes, memory_limit_bytes or usable)
-        self._budget_bytes = card_bytes - tenants_bytes - headroom_bytes
+        left = min(usable - tenants_bytes, self._cuda_total_bytes)
+        self._budget_bytes = min(left, memory_limit_bytes or left) - headroom_bytes
         if self._budget_bytes <= 0:
-            raise UsageError(
-                f"nothing is left to try: of {format_bytes(card_bytes)}, others hold {format_bytes(tenants_bytes)} "
-                f"and the headroom is {format_bytes(headroom_bytes)}; lower --headroom or free the GPU"
+            limit = (
+                ""
+                if memory_limit_bytes is None
+                else f", --memory-limit allows {format_bytes(memory_limit_bytes)} of it"
             )
+            raise UsageError(
+                f"nothing is left to try: others leave {format_bytes(left)} of {format_bytes(usable)}{limit} and the headroom "
+                f"is {format_bytes(headroom_bytes)}; lower --headroom, raise --memory-limit or free the GPU"
+            )
+        self._ballast = Ballast()
+        self._lost = False
+        self._unattributed_bytes = 0
         self._fraction_before: float | None = None
         self._retries_before = self._ooms_before = 0
 
@@ -145,6 +164,11 @@ class CudaMemory:
         """What this process holds outside the allocator: CUDA context, modules, other libraries."""
         return max(0, self._footprint() - self._torch.cuda.memory_reserved(self._ordinal))
 
+    @property
+    def device_name(self) -> str:
+        """The device as torch names it."""
+        return f"cuda:{self._ordinal}"
+
     def begin(self) -> None:
         """Free every cache, reset the peaks and cap the allocator at the budget."""
         self._release()
@@ -152,6 +176,7 @@ class CudaMemory:
         stats = self._torch.cuda.memory_stats(self._ordinal)
         self._retries_before = stats.get("num_alloc_retries", 0)
         self._ooms_before = stats.get("num_ooms", 0)
+        self._unattributed_bytes = self._unattributed()[0]
         self._cap()
 
     def settle(self) -> None:
@@ -171,13 +196,17 @@ class CudaMemory:
         """What the trial has used since `begin`."""
         stats = self._torch.cuda.memory_stats(self._ordinal)
         segments = [one for one in self._torch.cuda.memory_snapshot() if one["device"] == self._ordinal]
+        peak_reserved = stats.get("reserved_bytes.all.peak", 0)
         return MemoryReading(
             peak_allocated_bytes=stats.get("allocated_bytes.all.peak", 0),
-            peak_reserved_bytes=stats.get("reserved_bytes.all.peak", 0),
-            footprint_bytes=self._footprint(),
+            peak_reserved_bytes=peak_reserved,
+            footprint_bytes=self.context_bytes + peak_reserved,
             alloc_retries=self.alloc_retries(),
             num_ooms=stats.get("num_ooms", 0) - self._ooms_before,
-            largest_segment_bytes=max((segment["total_size"] for segment in segments), default=0),
+            # An expandable segment is the whole arena, and grows without holes: it says nothing of the largest tensor.
+            largest_segment_bytes=max(
+                (one["total_size"] for one in segments if not one.get("is_expandable")), default=0
+            ),
             tenant_growth_bytes=self._tenant_growth(),
         )
 
@@ -188,30 +217,60 @@ class CudaMemory:
 
     def end(self) -> None:
         """Lift the cap and free every cache."""
+        if self._lost:
+            return
+        self._ballast.drop()
         if self._fraction_before is not None:
             self._torch.cuda.set_per_process_memory_fraction(self._fraction_before, self._ordinal)
             self._fraction_before = None
         self._release()
 
+    def abandon(self) -> None:
+        """Leave the device alone: every call on a lost context fails."""
+        self._lost = True
+
     def _footprint(self) -> int:
         memory = self._device.memory()
-        return max(0, memory.total_bytes - memory.reserved_bytes - memory.free_bytes - self._tenants_bytes)
+        occupied = memory.total_bytes - memory.reserved_bytes - memory.free_bytes
+        return max(0, occupied - self._tenants_bytes - self._ballast.size_bytes)
+
+    def _unattributed(self) -> tuple[int, int]:
+        """What is in use on the device and not this process's by NVML's own list, and how much of that is noise.
+
+        Not all of it belongs to others: the driver counts some of a process's memory to nobody. So it is its growth
+        since the trial began that tells of a tenant. Where NVML does not list this process (other pid namespaces, WSL,
+        some MIG set-ups), what the allocator reserved stands for its own.
+        """
+        own = self._device.process_bytes(os.getpid())
+        if own is not None:
+            return self._footprint() + self._ballast.size_bytes - own, _TENANT_SLACK_BYTES
+        return self._footprint() - self._torch.cuda.memory_reserved(self._ordinal), _UNKNOWN_SLACK_BYTES
 
     def _tenant_growth(self) -> int:
-        own = self._device.process_bytes(os.getpid())
-        if own is None:  # in a container NVML may not know this process by its id: growth cannot be told from our own
-            return 0
-        growth = self._footprint() - own
-        return growth if growth > _TENANT_SLACK_BYTES else 0
+        unattributed, slack = self._unattributed()
+        growth = unattributed - self._unattributed_bytes
+        return growth if growth > slack else 0
 
     def _cap(self) -> None:
-        # fraction × CUDA total is what the allocator may reserve; that total is not NVML's.
-        outside = max(0, self._footprint() - self._torch.cuda.memory_reserved(self._ordinal))
+        reserved = self._torch.cuda.memory_reserved(self._ordinal)
+        outside = max(0, self._footprint() - reserved)
         allowed = max(0, min(self._budget_bytes - outside, self._cuda_total_bytes))
+        _log.debug("allocator capped at %d of %d bytes, %d outside", allowed, self._cuda_total_bytes, outside)
+        if self._has_expandable_segments():
+            # Under a fraction torch (2.8 to 2.15, seen on emulated cards) compares what it holds plus the whole of a
+            # request with the limit, though an expandable segment maps only what is missing: it would run out early.
+            # So the memory beyond the budget is taken out of its reach instead.
+            free = self._device.memory().free_bytes + self._ballast.size_bytes
+            self._ballast.resize(free - (allowed - reserved))
+            return
+        # fraction × CUDA total is what the allocator may reserve; that total is not NVML's.
         if self._fraction_before is None:
             self._fraction_before = self._torch.cuda.get_per_process_memory_fraction(self._ordinal)
         self._torch.cuda.set_per_process_memory_fraction(allowed / self._cuda_total_bytes, self._ordinal)
-        _log.debug("allocator capped at %d of %d bytes, %d outside", allowed, self._cuda_total_bytes, outside)
+
+    def _has_expandable_segments(self) -> bool:
+        settings = self._torch.cuda.memory._snapshot()["allocator_settings"]  # noqa: SLF001 - not in the public snapshot
+        return bool(settings.get("expandable_segments"))
 
     def _release(self) -> None:
         gc.collect()

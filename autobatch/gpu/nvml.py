@@ -333,8 +333,9 @@ class NvmlDevice:
         return max(0, self.memory().occupied_bytes - own_bytes)
 
     def _running(self, kind: str) -> list[Any]:
-        # Cards and MIG devices without a display engine do not answer for graphics.
-        absent = _UNKNOWN_TO_DRIVER if kind == "Graphics" else ()
+        # Not every card answers for both, and under WSL, vGPU and some containers none does: a process is then not
+        # among those listed, which its reader has to reckon with.
+        absent = (*_UNKNOWN_TO_DRIVER, "NoPermission")
         found = self._call(f"nvmlDeviceGet{kind}RunningProcesses", what="list the processes", absent=absent)
         return list(found or ())
 

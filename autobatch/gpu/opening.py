@@ -85,13 +85,17 @@ def open_device(options: ProbeOptions) -> Iterator[OpenDevice]:
     """
     check_torch_build()
     ordinal = parse_ordinal(options.device)
-    with NvmlSession() as session:
+    with NvmlSession() as session, contextlib.ExitStack() as stack:
         device = session.device(ordinal)
         # Read before the first CUDA call: what is in use now and not ours belongs to others.
-        tenants_bytes = _tenants_bytes(device)
+        tenants_bytes = _tenants_bytes(device, ordinal)
+        stack.enter_context(_current_device(ordinal))
         torch_version, cuda_version = _start_cuda(ordinal)
         memory = device.memory()
-        headroom_bytes = options.headroom_bytes(memory.total_bytes)
+        # A share of the card that is stood in for, where one is.
+        headroom_bytes = options.headroom_bytes(
+            min(memory.total_bytes, options.memory_limit_bytes or memory.total_bytes)
+        )
         with CudaMemory(
             device,
             ordinal,
@@ -116,15 +120,34 @@ def open_device(options: ProbeOptions) -> Iterator[OpenDevice]:
             yield OpenDevice(ordinal=ordinal, facts=facts, memory=cuda_memory)
 
 
-def _tenants_bytes(device: NvmlDevice) -> int | None:
+def _tenants_bytes(device: NvmlDevice, ordinal: int) -> int | None:
     """What other processes hold; None where this process is on the device and NVML does not say with how much."""
     import sys
 
     torch = sys.modules.get("torch")
     own: int | None = 0
-    if torch is not None and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized() and ordinal < torch.cuda.device_count():
+        torch.cuda.mem_get_info(ordinal)  # makes this process's context, without which NVML does not list it
         own = device.process_bytes(os.getpid())
     return None if own is None else device.other_tenants_bytes(own)
+
+
+@contextlib.contextmanager
+def _current_device(ordinal: int) -> Iterator[None]:
+    """Make the device torch's current one, and the one before it afterwards."""
+    import torch
+
+    if ordinal >= torch.cuda.device_count():  # explained by the caller
+        yield
+        return
+    before = torch.cuda.current_device() if torch.cuda.is_initialized() else ordinal
+    torch.cuda.set_device(ordinal)
+    torch.cuda.init()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # a lost context: nothing works on it any more
+            torch.cuda.set_device(before)
 
 
 def _start_cuda(ordinal: int) -> tuple[str, str | None]:
@@ -134,8 +157,6 @@ def _start_cuda(ordinal: int) -> tuple[str, str | None]:
     if ordinal >= count:
         known = f"this process sees {count} (cuda:0 to cuda:{count - 1})" if count else "this process sees none"
         raise NoGpuError(f"there is no cuda:{ordinal}: {known}; look at CUDA_VISIBLE_DEVICES, or {_WAYS_OUT}")
-    torch.cuda.set_device(ordinal)
-    torch.cuda.init()
     check_architecture(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(ordinal), torch.__version__)
     return torch.__version__, torch.version.cuda
 

@@ -24,7 +24,8 @@ __all__ = ["TrialRunner"]
 
 # A GradScaler starts high and skips steps until its scale fits; a window whose step was skipped does not count.
 _MOST_WINDOWS = 30
-_MOST_REPEATS = 3
+# Pauses before each attempt while another process takes memory: it may be one that only starts.
+_PAUSES_SECONDS = (0.0, 1.0, 3.0)
 
 
 @dataclass
@@ -101,13 +102,14 @@ class TrialRunner:
             WorkloadError: the job failed, but not for want of device memory; or it ran no optimizer step.
             BusyError: another process kept taking the device's memory meanwhile.
         """
-        for _ in range(_MOST_REPEATS):
+        for pause_seconds in _PAUSES_SECONDS:
+            time.sleep(pause_seconds)
             trial, growth = self._attempt(tuple(window), confirmation=confirmation)
             if trial.fits or growth == 0:
                 return trial
         raise BusyError(
             f"another process took {format_bytes(growth)} of the GPU while micro-batch {max(window)} was tried, "
-            f"{_MOST_REPEATS} times: free the GPU, or try again later"
+            f"{len(_PAUSES_SECONDS)} times: free the GPU, or try again later"
         )
 
     def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
@@ -121,7 +123,10 @@ class TrialRunner:
             failure = self._run_guarded(window, progress)
             # Outside the handler: the exception, and with it the frames that hold the tensors, is gone.
             if failure is not None and failure.is_final:
-                raise WorkloadError(failure.message, traceback_text=failure.traceback_text)
+                # Whatever touched the device now would fail, and hide why: nothing is put back, nothing freed.
+                self._memory.abandon()
+                afterwards.pop_all()
+                raise WorkloadError(failure.message, traceback_text=failure.traceback_text, context_lost=True)
             reading = self._memory.read()
             trial = self._judge(window, progress, reading, failure, confirmation=confirmation)
         return trial, reading.tenant_growth_bytes
@@ -153,9 +158,11 @@ class TrialRunner:
 
     def _run_windows(self, window: tuple[int, ...], progress: _Progress) -> None:
         job = self._make_job()
+        _check_devices(job, self._memory.device_name)
         for optimizer in job.optimizers():
             optimizer.zero_grad(set_to_none=True)
         counter = _StepCounter(job)
+        counted = 0
         with counter:
             while progress.steps < self._min_windows:
                 if progress.windows == _MOST_WINDOWS:
@@ -169,8 +176,10 @@ class TrialRunner:
                 _end_window(job)
                 _wait_for_device()
                 progress.windows += 1
-                first_step = progress.steps == 0 < counter.steps
-                progress.steps = counter.steps
+                # A window is one step, however often an optimizer steps at its end.
+                stepped, counted = counter.steps > counted, counter.steps
+                first_step = stepped and progress.steps == 0
+                progress.steps += stepped
                 if counter.steps == 0 and job.scaler is None:
                     raise WorkloadError(
                         "the window ended without an optimizer step: end_window must call optimizer.step(); where a "
@@ -296,6 +305,19 @@ def _check_gradients(job: TrainingJob, progress: _Progress) -> None:
             "after micro_step no parameter of the optimizer has a gradient: micro_step(n) must call loss.backward(), and "
             "the optimizer must hold the model's own parameters"
         )
+
+
+def _check_devices(job: TrainingJob, expected: str | None) -> None:
+    """Refuse a job that trains elsewhere than on the device that is measured: its trials would all fit."""
+    groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
+    found = {str(parameter.device) for group in groups for parameter in group["params"]}
+    if expected is None or (expected in found and not any(name.startswith("cuda") for name in found - {expected})):
+        return
+    others = ", ".join(sorted(found - {expected})) or "no device"
+    raise WorkloadError(
+        f"the optimizer's parameters are on {others}, and the probe measures {expected}: move the whole model there, or "
+        "give --device (device= in the library) the one that it trains on"
+    )
 
 
 def _wait_for_device() -> None:

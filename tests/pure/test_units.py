@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autobatch.errors import UsageError
@@ -115,6 +115,7 @@ def test_shares_outside_zero_to_one_are_refused(text: object) -> None:
         parse_fraction(text, name="tolerance")  # type: ignore[arg-type]
 
 
+@example(part=187, whole=20_570_561)
 @given(part=st.integers(min_value=0, max_value=10**9), whole=st.integers(min_value=1, max_value=10**9))
 def test_a_written_percentage_is_never_below_the_share(part: int, whole: int) -> None:
     """Rounded up, and by less than a tenth: a tolerance taken from a message allows what the message said."""
