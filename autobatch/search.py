@@ -124,7 +124,7 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
         if bracket.fails != space.candidates[0]:
             return _shrink(inside, space, bracket.fails)
         # The gradients of an earlier micro-batch may be all that was too much: the share whole has none.
-        return space.share if _is_whole_share_untried(inside, space) else None
+        return space.share if _whole_share_may_fit(inside, space, bracket.fails) else None
     if space.above(bracket.fits) == bracket.fails:
         return space.share if _whole_share_may_fit(inside, space, bracket.fits) else None
     return _close(inside, space, bracket.fits, bracket.fails)
@@ -171,12 +171,14 @@ def _is_whole_share_untried(trials: Sequence[Trial], space: SearchSpace) -> bool
     return space.ceiling == space.share and all(trial.micro_batch_size != space.share for trial in trials)
 
 
-def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, low: int) -> bool:
+def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, size: int) -> bool:
     """Whether a share in one micro-batch is untried, and would fit by the estimate that leaves nothing unusable."""
-    if not _is_whole_share_untried(trials, space):
+    trial = _trial_at(trials, size)
+    if not _is_whole_share_untried(trials, space) or not trial.held_bytes:
         return False
-    trial = _trial_at(trials, low)
-    room = space.budget_bytes - _outside(trial) - (trial.held_bytes - trial.gradient_bytes)
+    # Where a window never ended the gradients are not known: at most half of what is held with their weights.
+    gradient_bytes = trial.gradient_bytes or trial.held_bytes // 2
+    room = space.budget_bytes - _outside(trial) - (trial.held_bytes - gradient_bytes)
     return room / _per_sample(trial) >= space.share
 
 
