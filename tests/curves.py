@@ -38,6 +38,16 @@ class Curve:
         largest = sizes[-1] if fails is None else fails - 1
         return largest or None
 
+    def right_answers(self, ceiling: int) -> set[int | None]:
+        """Every size that fits and whose next larger one does not: one alone, where the curve is monotone."""
+        fits = [self.trial_at(n).fits for n in range(1, min(ceiling, self.largest_recorded) + 1)]
+        ends = {
+            n
+            for n, (this, following) in enumerate(zip(fits, [*fits[1:], False], strict=True), start=1)
+            if this and not following
+        }
+        return ends or {None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
