@@ -45,9 +45,8 @@ def main() -> None:
             answer = search.bracket.fits
             wrong = "" if answer in curve.right_answers(ceiling) else f"   WRONG: {answer}"
             note = "" if answer == true else f"   (not monotone: {answer} fits, the next does not)"
-            print(
-                f"{curve.name:<46} {ceiling:>7} {true!s:>7} {search.num_sizes:>5} {search.num_ooms:>4}   {search.path}{wrong}{note}"
-            )
+            cost = f"{search.num_sizes:>5} {search.num_ooms:>4}"
+            print(f"{curve.name:<46} {ceiling:>7} {true!s:>7} {cost}   {search.path}{wrong}{note}")
             rows.append((search.num_sizes, search.num_ooms, *doubling_and_bisection(curve, ceiling), not wrong))
     print(f"\n{len(curves)} curves × {len(CEILINGS)} ceilings: {sum(row[4] for row in rows)} of {len(rows)} exact")
     for what, sizes, ooms in (("this search", 0, 1), ("doubling and bisection", 2, 3)):
