@@ -30,7 +30,7 @@ _NVML = "libnvidia-ml.so.1"
 _PRELOAD = "libautobatch-emulator.so"
 _LAYOUT = "libautobatch-layout.so"
 _SOURCES = {
-    _DRIVER: ("state.c", "contents.c", "driver.c"),
+    _DRIVER: ("state.c", "contents.c", "driver.c", "driver_memory.c", "driver_streams.c", "driver_modules.c"),
     _NVML: ("nvml.c",),
     _PRELOAD: ("runtime.c", "fatbin.c", "cublas.c", "cudnn.c", "nccl.c"),
     _LAYOUT: ("layout.c",),

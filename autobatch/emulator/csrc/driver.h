@@ -35,6 +35,12 @@ enum {
 
 enum { CAPTURE_NONE = 0, CAPTURE_ACTIVE = 1, CAPTURE_INVALIDATED = 2 };
 
+/* Locks of the driver's parts, all of which are held around a fork. */
+extern pthread_mutex_t abg_mapping_lock, abg_pinned_lock, abg_object_lock, abg_absent_lock;
+
+/* The context of a device, which is named by its ordinal. */
+void *abg_context_of(int ordinal);
+
 ABG_EXPORT CUresult abg_result(int status); /* ABG_* to CUresult */
 ABG_EXPORT int abg_current_ordinal(void);
 ABG_EXPORT CUresult abg_set_current(int ordinal);
