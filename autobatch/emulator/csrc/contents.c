@@ -3,8 +3,8 @@
  * No kernel computes, so a tensor reads back as zeros. Start-up code of a framework, though, writes a
  * few numbers to the card and reads them back to compare them (DistributedDataParallel compares the
  * ranks' parameter shapes so). Those few are kept: at most `SLOTS` copies of at most `MOST` bytes, each
- * until its memory is written or freed, or `LIFETIME` kernels later, after which a block of the caching
- * allocator may long belong to another tensor. */
+ * until its memory is written or freed or any kernel has run: after one, a block of the caching
+ * allocator may belong to another tensor, whose values would be stale bytes. */
 #include "state.h"
 
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 
 #define SLOTS 64
 #define MOST 65536u
-#define LIFETIME 64u
+#define LIFETIME 0u
 
 typedef struct {
     uint64_t address;
