@@ -56,7 +56,8 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
         Its exit status; 128 + N where signal N ended it, as a shell has it.
 
     Raises:
-        UsageError: there is no such program, or it cannot be run.
+        OSError: there is no such program (`FileNotFoundError`), or it cannot be run.
+        UsageError: an argument holds a NUL, which no program can be given.
     """
     # Blocked and taken one by one: none is lost before the child stands, and each says who sent it. A signal that we were
     # started to ignore (nohup) stays ignored, here and in the child.
@@ -81,9 +82,8 @@ def _start(
             env=dict(environment),
             preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),  # noqa: PLW1509 - one thread
         )
-    except (OSError, ValueError) as error:  # a NUL in an argument is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"cannot run {command[0]}: {reason}") from None
+    except ValueError as error:
+        raise UsageError(f"cannot run {command[0]!r}: {error}") from None
 
 
 def _wait(process: subprocess.Popen[bytes], passed_on: Iterable[int]) -> int:

@@ -74,18 +74,31 @@ def test_status_of_a_signal() -> None:
 
 
 def test_no_such_command() -> None:
-    """A command that is not there is a usage error that names it."""
-    status, output, errors = run("no-such-command-here")
-    assert (status, output) == (2, "")
-    assert "cannot run no-such-command-here: No such file or directory" in errors
-    assert len(errors.splitlines()) == 1
+    """A command that is not there ends with 127, as in a shell, and one line names it."""
+    assert run("no-such-command-here") == (
+        127,
+        "",
+        "autobatch: cannot run no-such-command-here: No such file or directory\n",
+    )
 
 
 def test_command_that_cannot_be_run(tmp_path: Path) -> None:
-    """So is a file that is no program."""
+    """A file that is no program ends with 126, as in a shell."""
     (tmp_path / "data").touch()
-    with pytest.raises(UsageError, match="Permission denied"):
-        run_command([str(tmp_path / "data")], os.environ)
+    assert run(str(tmp_path / "data")) == (126, "", f"autobatch: cannot run {tmp_path / 'data'}: Permission denied\n")
+
+
+def test_own_options_still_end_with_2() -> None:
+    """What is wrong on our own side of the command line is a usage error."""
+    status, output, errors = run()
+    assert (status, output) == (2, "")
+    assert "no command: write autobatch emulate GPU -- COMMAND" in errors
+
+
+def test_argument_with_a_nul() -> None:
+    """No program can be given a NUL."""
+    with pytest.raises(UsageError, match="cannot run 'true'"):
+        run_command(["true", "a\0b"], os.environ)
 
 
 def test_mask_and_handlers_are_put_back() -> None:
@@ -148,3 +161,10 @@ def test_card_is_seen_below_a_shell() -> None:
     status, output, errors = run("bash", "-c", f"{sys.executable} {DRIVER} devices")
     assert (status, errors) == (0, "")
     assert output.startswith('["GPU-')
+
+
+def test_missing_call_is_said_once_by_each_program() -> None:
+    """A call that is not there is named on standard error: once by a program, however often it makes it."""
+    program = f"{sys.executable} -c 'import ctypes; print([ctypes.CDLL(None).cudaDeviceReset() for _ in range(3)])'"
+    line = "autobatch: the emulated GPU does not implement cudaDeviceReset\n"
+    assert run("bash", "-c", f"{program}; {program}") == (0, 2 * "[801, 801, 801]\n", 2 * line)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autobatch.emulator.build import build_libraries
-from autobatch.emulator.torchbuild import TorchBuild
 from autobatch.gpu.catalogue import find_card
 
 if TYPE_CHECKING:
     from conftest import ScriptRunner
+    from emulator.conftest import OlderTorch
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MIB = 1 << 20
@@ -157,17 +155,12 @@ def test_properties(scripts: ScriptRunner) -> None:
 
 
 @pytest.mark.slow
-def test_older_torch(scripts: ScriptRunner) -> None:
-    """So it is under CUDA 12's layout, and training runs there: with the Python named by AUTOBATCH_OLD_PYTHON."""
-    python = os.environ.get("AUTOBATCH_OLD_PYTHON")
-    if not python:
-        pytest.skip("AUTOBATCH_OLD_PYTHON names no Python with a torch built for CUDA 12")
-    root = next(Path(python).parent.parent.glob("lib/python3.*/site-packages/torch"))
-    old = type(scripts)(libraries=build_libraries(TorchBuild(root=root, version="old", cuda="12.8", hip=None)))
-    answer = old.run(SCRIPTS / "properties.py", ["T4", "A100-SXM4-40GB"], python=python).answer
+def test_older_torch(older_torch: OlderTorch) -> None:
+    """So it is under CUDA 12's layout, and training runs there."""
+    answer = older_torch.run(SCRIPTS / "properties.py", ["T4", "A100-SXM4-40GB"]).answer
     assert answer["cuda"].startswith("12.")
     check_properties(answer)
-    parts = old.run(SCRIPTS / "training.py", ["A100-SXM4-40GB"], python=python).answer
+    parts = older_torch.run(SCRIPTS / "training.py", ["A100-SXM4-40GB"]).answer
     assert {name: part["failure"] for name, part in parts.items() if "failure" in part} == {}
 
 

@@ -3,8 +3,8 @@
  * No kernel computes, so a tensor reads back as zeros. Start-up code of a framework, though, writes a
  * few numbers to the card and reads them back to compare them (DistributedDataParallel compares the
  * ranks' parameter shapes so). Those few are kept: at most `SLOTS` copies of at most `MOST` bytes, each
- * until its memory is written or freed or any kernel has run: after one, a block of the caching
- * allocator may belong to another tensor, whose values would be stale bytes. */
+ * until its memory is written or freed, or any kernel runs. The caching allocator gives a block to one tensor
+ * after another without a word to the driver: what a kernel has made there reads as zeros, as it does elsewhere. */
 #include "state.h"
 
 #include <stdlib.h>
@@ -12,21 +12,20 @@
 
 #define SLOTS 64
 #define MOST 65536u
-#define LIFETIME 0u
 
 typedef struct {
     uint64_t address;
     uint64_t bytes;
-    uint64_t written_at; /* kernels run so far */
+    uint64_t kernels_before;
     unsigned char *data;
 } slot;
 
 static slot slots[SLOTS];
 static unsigned next_slot;
-static _Atomic uint64_t kernels;
+static _Atomic uint64_t kernels_run;
 static pthread_mutex_t contents_lock = PTHREAD_MUTEX_INITIALIZER;
 
-void abg_kernel_ran(void) { kernels++; }
+void abg_kernel_ran(void) { kernels_run++; }
 void abg_lock_contents(void) { pthread_mutex_lock(&contents_lock); }
 void abg_unlock_contents(void) { pthread_mutex_unlock(&contents_lock); }
 
@@ -57,7 +56,7 @@ static void keep_locked(uint64_t address, const void *source, uint64_t bytes) {
     memcpy(kept->data, source, bytes);
     kept->address = address;
     kept->bytes = bytes;
-    kept->written_at = kernels;
+    kept->kernels_before = kernels_run;
 }
 
 void abg_write_device(uint64_t address, const void *source, uint64_t bytes) {
@@ -72,7 +71,7 @@ static void read_locked(uint64_t address, void *target, uint64_t bytes) {
     memset(target, 0, bytes);
     for (int i = 0; i < SLOTS; i++) {
         slot *kept = &slots[i];
-        if (!overlaps(kept, address, bytes) || kernels - kept->written_at > LIFETIME) continue;
+        if (!overlaps(kept, address, bytes) || kept->kernels_before != kernels_run) continue;
         uint64_t start = kept->address > address ? kept->address : address;
         uint64_t end = kept->address + kept->bytes < address + bytes ? kept->address + kept->bytes : address + bytes;
         memcpy((unsigned char *)target + (start - address), kept->data + (start - kept->address), end - start);

@@ -28,17 +28,17 @@ ABG_EXPORT cudnnStatus_t cudnnGetProperty(int property, int *value) {
     return real ? real(property, value) : CUDNN_STATUS_NOT_SUPPORTED;
 }
 ABG_EXPORT const char *cudnnGetErrorString(cudnnStatus_t status) {
-    static _Thread_local char text[160];
+    static _Thread_local char text[200];
     if (status == CUDNN_STATUS_SUCCESS) return "CUDNN_STATUS_SUCCESS";
     if (status == CUDNN_STATUS_BAD_PARAM) return "CUDNN_STATUS_BAD_PARAM";
     if (status != CUDNN_STATUS_NOT_SUPPORTED) return "CUDNN_STATUS_INTERNAL_ERROR";
-    const char *call = abg_last_unsupported();
-    if (!call) return "CUDNN_STATUS_NOT_SUPPORTED";
-    snprintf(text, sizeof text, "CUDNN_STATUS_NOT_SUPPORTED: the emulated GPU does not implement %s", call);
+    const char *reason = abg_unsupported_text();
+    if (!reason) return "CUDNN_STATUS_NOT_SUPPORTED";
+    snprintf(text, sizeof text, "CUDNN_STATUS_NOT_SUPPORTED: %s", reason);
     return text;
 }
 ABG_EXPORT void cudnnGetLastErrorString(char *text, size_t room) {
-    if (room) snprintf(text, room, "%s", abg_last_unsupported() ? abg_last_unsupported() : "");
+    if (room) snprintf(text, room, "%s", abg_unsupported_text() ? abg_unsupported_text() : "");
 }
 ABG_EXPORT cudnnStatus_t cudnnCreate(void **made) {
     *made = calloc(1, sizeof(handle));

@@ -57,10 +57,9 @@ static const struct { int error; const char *name, *text; } errors[] = {
 #define ERRORS (sizeof errors / sizeof *errors)
 
 const char *abg_error_string(int error) {
-    static _Thread_local char text[160];
-    if (error == CUDA_ERROR_NOT_SUPPORTED) {
-        snprintf(text, sizeof text, "operation not supported: the emulated GPU does not implement %s",
-                 abg_last_unsupported() ? abg_last_unsupported() : "this call");
+    static _Thread_local char text[200];
+    if (error == CUDA_ERROR_NOT_SUPPORTED && abg_unsupported_text()) {
+        snprintf(text, sizeof text, "operation not supported: %s", abg_unsupported_text());
         return text;
     }
     for (size_t i = 0; i < ERRORS; i++)

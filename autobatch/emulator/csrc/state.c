@@ -477,20 +477,37 @@ int abg_address_device(uint64_t address, uint64_t *base, uint64_t *bytes) {
 
 /* ---- calls that are not implemented ------------------------------------------------------- */
 
-static _Thread_local const char *last_unsupported;
+static _Thread_local char unsupported_text[160];
+static _Atomic uint64_t said; /* a bit for each of the machine's noted calls */
+_Static_assert(ABG_MAX_UNSUPPORTED <= 64, "one bit for each call");
 
-void abg_note_unsupported(const char *call) {
-    last_unsupported = call;
-    if (!abg_get_machine()) return;
-    lock_machine();
+/* The index of a call in the machine's list, which it joins where there is room; else the list's length. */
+static uint32_t note_locked(const char *call) {
     uint32_t count = atomic_load(&machine->unsupported_count);
     uint32_t i = 0;
-    while (i < count && strcmp(machine->unsupported[i], call) != 0) i++;
+    while (i < count && strncmp(machine->unsupported[i], call, sizeof machine->unsupported[i] - 1) != 0) i++;
     if (i == count && count < ABG_MAX_UNSUPPORTED) {
         snprintf(machine->unsupported[count], sizeof machine->unsupported[count], "%s", call);
         atomic_store(&machine->unsupported_count, count + 1);
     }
-    unlock_machine();
+    return i;
 }
 
-const char *abg_last_unsupported(void) { return last_unsupported; }
+/* In one write, so that no other line comes between. */
+static void say(const char *text) {
+    char line[192];
+    int length = snprintf(line, sizeof line, "autobatch: %s\n", text);
+    if (write(STDERR_FILENO, line, (size_t)length) < 0) return; /* nobody is there to be told */
+}
+
+void abg_note_unsupported(const char *call) {
+    snprintf(unsupported_text, sizeof unsupported_text, "the emulated GPU does not implement %s", call);
+    if (!abg_get_machine()) return;
+    lock_machine();
+    uint32_t i = note_locked(call);
+    unlock_machine();
+    uint64_t bit = i < ABG_MAX_UNSUPPORTED ? 1ull << i : 0; /* one beyond the list is said each time */
+    if (!bit || !(atomic_fetch_or(&said, bit) & bit)) say(unsupported_text);
+}
+
+const char *abg_unsupported_text(void) { return *unsupported_text ? unsupported_text : NULL; }

@@ -100,8 +100,10 @@ ABG_EXPORT void abg_copy_device(uint64_t to, uint64_t from, uint64_t bytes);
 ABG_EXPORT void abg_read_device(uint64_t address, void *target, uint64_t bytes);
 ABG_EXPORT void abg_forget_device(uint64_t address, uint64_t bytes);
 ABG_EXPORT void abg_kernel_ran(void);
-/* Notes a call that is not implemented, for the error's text and for the report. */
+/* Notes a call that is not implemented, for the error's text and for the report, and says so on stderr: once in a process,
+ * since few libraries' errors have room for the name. */
 ABG_EXPORT void abg_note_unsupported(const char *call);
-ABG_EXPORT const char *abg_last_unsupported(void);
+/* "the emulated GPU does not implement ..." of this thread's last such call; NULL where it has made none. */
+ABG_EXPORT const char *abg_unsupported_text(void);
 
 #endif

@@ -1,4 +1,4 @@
-/* A call that torch imports and this emulation does not have: it fails, notes its name, and never pretends.
+/* A call that torch imports and this emulation does not have: it fails, its name is noted and said, and it never pretends.
  * The build writes one line for each such symbol of the torch that it is built for. The codes are the
  * libraries' own for "not supported". */
 #ifndef ABG_UNSUPPORTED_H
@@ -18,8 +18,8 @@
     ABG_EXPORT const char *name(int status);                \
     ABG_EXPORT const char *name(int status) {               \
         (void)status;                                       \
-        const char *call = abg_last_unsupported();          \
-        return call ? call : "not supported by the emulated GPU"; \
+        const char *text = abg_unsupported_text();          \
+        return text ? text : "not supported by the emulated GPU"; \
     }
 
 #endif
