@@ -20,7 +20,7 @@ from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, WorkloadError
 from autobatch.facts import DeviceFacts, EmulationFacts
 from autobatch.jsonform import from_json_form, to_json_form
-from autobatch.lastwords import last_line, last_place, read_tail
+from autobatch.lastwords import last_line, last_place, read_tail, was_importing
 from autobatch.trial import Trial
 from autobatch.workload.inspection import Inspection
 
@@ -229,9 +229,8 @@ class IsolatedTrials:
         else:
             how = f"ended by itself with status {code}"
         log = self._tail(400)
-        place, said = last_place(log), last_line(log)
-        text = f"the training job {how} at {what}"
-        text += f" in {place}" if place else ""
+        said = last_line(log)
+        text = f"the training job {how} at {what}{_placed(log)}"
         text += f"; its last words: {said}" if said else ""
         return WorkloadError(text, traceback_text=self._tail(_TAIL_LINES))
 
@@ -267,11 +266,17 @@ class IsolatedTrials:
             os.kill(self._process.pid, signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LAST_WORDS_SECONDS)
-        place = last_place(self._tail(400))
-        return f" in {place}" if place else ""
+        return _placed(self._tail(400))
 
     def _tail(self, lines: int) -> str:
         return "" if self._show_output else read_tail(self._log.fileno(), lines)
+
+
+def _placed(log: str) -> str:
+    """Where it happened, to be set behind what happened: in the job's own code, where the log shows any of it."""
+    if place := last_place(log):
+        return f" in {place}"
+    return f" while {package} was starting" if (package := was_importing(log)) else ""
 
 
 def _signal_name(number: int) -> str:

@@ -6,11 +6,12 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["last_line", "last_place", "read_tail"]
+__all__ = ["last_line", "last_place", "read_tail", "was_importing"]
 
 _MOST_BYTES = 1 << 18
 _OWN_FOLDER = str(Path(__file__).parent)
 _FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)')
+_INSTALLED = re.compile(r".*/(?:site|dist)-packages/(?P<package>[^/.]+)")
 # faulthandler's dump: the error, the stacks of the threads, the modules in C.
 _DUMP_STARTS = ("Fatal Python error: ",)
 _LONGEST_LINE = 200
@@ -30,14 +31,21 @@ def read_tail(descriptor: int, lines: int) -> str:
 
 
 def last_place(log: str) -> str:
-    """Name where a crash stood, `train.py, line 7 in step`: the innermost frame of the job's own; empty if unknown."""
-    _, dump = _part(log)
-    frames = [match for line in _crashed_thread(dump) if (match := _FRAME.fullmatch(line))]
-    own = [frame for frame in frames if not _is_machinery(frame["file"])]
-    if not frames:
-        return ""
-    frame = (own or frames)[0]
-    return f"{frame['file']}, line {frame['line']} in {frame['function']}"
+    """Name where a crash stood, `train.py, line 7 in step`: the innermost frame of the job's own; empty if there is none.
+
+    A frame of the standard library or of an installed package alone would say nothing of what to mend.
+    """
+    for frame in _frames(log):
+        if not _is_machinery(frame["file"]):
+            return f"{frame['file']}, line {frame['line']} in {frame['function']}"
+    return ""
+
+
+def was_importing(log: str) -> str:
+    """Name the installed package that was being imported when a crash came, such as `torch`; empty if none was."""
+    importing = [frame["file"] for frame in _frames(log) if frame["function"] == "<module>"]
+    packages = [match["package"] for file in importing if (match := _INSTALLED.match(file))]
+    return packages[-1] if packages else ""  # the outermost: what was asked for, rather than what that needs
 
 
 def last_line(log: str) -> str:
@@ -68,8 +76,14 @@ def _crashed_thread(dump: list[str]) -> list[str]:
     return dump
 
 
+def _frames(log: str) -> list[re.Match[str]]:
+    """The frames of the crashed thread, innermost first."""
+    _, dump = _part(log)
+    return [match for line in _crashed_thread(dump) if (match := _FRAME.fullmatch(line))]
+
+
 def _is_machinery(file: str) -> bool:
-    return file.startswith((_OWN_FOLDER, "<frozen")) or "/site-packages/" in file or _STANDARD_LIBRARY in file
+    return file.startswith((_OWN_FOLDER, "<frozen")) or bool(_INSTALLED.match(file)) or _STANDARD_LIBRARY in file
 
 
 _STANDARD_LIBRARY = os.path.dirname(os.__file__)  # noqa: PTH120 - compared with text as faulthandler writes it

@@ -10,6 +10,7 @@ from autobatch.errors import UsageError, WorkloadError
 from autobatch.facts import EmulationFacts
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe, nothing_fits
+from autobatch.throughput import windows_per_trial
 from autobatch.workload.inspection import inspect_job
 from autobatch.workload.job import TrainingJob
 
@@ -113,7 +114,7 @@ def probe_on(
     runner = TrialRunner(
         lambda: job,
         device.memory,
-        min_windows=options.min_windows,
+        min_windows=windows_per_trial(options),
         timed=device.facts.basis == "measured",
         after_trial=snapshot.restore,
     )

@@ -56,7 +56,10 @@ class ProbeOptions:
     headroom: str | int = field(
         default="2%", metadata=_knob("memory of the card to leave free: bytes or a percentage", form="512MiB|3%")
     )
-    """Memory to leave free: bytes, or a percentage of the card's total, from 0 to below the card."""
+    """Memory to leave free: bytes, or a percentage of the card's total, from 0 to below the card.
+
+    The card is the one stood in for where `memory_limit` names one.
+    """
     memory_limit: str | int | None = field(
         default=None, metadata=_knob("stand in for a card with this much memory", form="24GiB")
     )
@@ -153,6 +156,7 @@ class ProbeOptions:
             if limit == 0:
                 raise UsageError(f"memory_limit {self.memory_limit!r} leaves no memory; give at least 1 byte")
             self._normalise("memory_limit", limit)
+            headroom_bytes(self.headroom, limit, whose="memory_limit")
 
     @property
     def tenant_bytes(self) -> int:
@@ -188,8 +192,22 @@ class ProbeOptions:
         return largest // self.multiple_of * self.multiple_of
 
     def headroom_bytes(self, total_bytes: int) -> int:
-        """Resolve `headroom` against a card of `total_bytes`; raises `UsageError` where nothing is left."""
-        return headroom_bytes(self.headroom, total_bytes)
+        """Resolve `headroom` against a card of `total_bytes`, or the smaller one that `memory_limit` stands in for.
+
+        Raises:
+            UsageError: nothing is left.
+        """
+        limit = self.memory_limit_bytes
+        return headroom_bytes(self.headroom, total_bytes if limit is None else min(total_bytes, limit))
+
+    @property
+    def can_be_one_size(self) -> bool:
+        """Whether a plan may come out with one micro-batch size for all steps and ranks.
+
+        False where each plan mixes sizes, whatever fits: `balanced`, and the ranks' shares differ. True says only that
+        it depends on what fits.
+        """
+        return self.split == "even" or self.target % (self.world_size * self.multiple_of) == 0
 
     def candidates(self) -> Sequence[int]:
         """List the sizes that the objective may answer with, smallest first, never empty.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch._version import __version__
-from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError
+from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError, WorkloadError
 from autobatch.facts import DeviceFacts, EmulationFacts
 from autobatch.report import Memory, Report, Versions, fingerprint, utc_timestamp
 from autobatch.search import Bracket, SearchSpace, find_bracket, next_size
-from autobatch.throughput import choose_fastest, sizes_to_time
+from autobatch.throughput import choose_fastest, describe_times, sizes_to_time, windows_per_trial
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from autobatch.trial import Trial
 
 __all__ = ["ProbeEvent", "TrialEnded", "TrialSource", "TrialStarted", "conduct_probe", "nothing_fits"]
+
+# Less than this may be a cache that a library keeps.
+_LEAST_LEAK_BYTES = 1 << 20
 
 
 class TrialSource(Protocol):
@@ -85,7 +89,7 @@ def conduct_probe(
             the smallest one did not.
         UsageError: the throughput is asked for on an emulated card, which knows no time.
         BusyError: the deadline passed, or the GPU is taken by others.
-        WorkloadError: the job failed, but not for want of memory.
+        WorkloadError: the job failed, but not for want of memory; or it leaks memory until no size fits any more.
     """
     if options.objective == "throughput" and source.facts.basis == "emulated":
         raise UsageError("objective 'throughput' needs a real GPU: an emulated one knows no time; use max or plan")
@@ -149,9 +153,11 @@ class _Probe:
         if any(trial.fits for trial in self._trials):
             raise self._not_monotone()
 
-    def _not_monotone(self) -> PlanError:
+    def _not_monotone(self) -> PlanError | WorkloadError:
         largest = max(trial.micro_batch_size for trial in self._trials if trial.fits)
         failing = min(trial.micro_batch_size for trial in self._trials if not trial.fits)
+        if leak := _describe_leak(self._trials):
+            return WorkloadError(f"micro-batch {largest} fitted, but {failing} did not: {leak}")
         return PlanError(
             f"micro-batch {largest} fitted, but {failing} did not: memory is not monotone here, and no plan of the "
             f"{self._options.split} split stands; another --split or --target, or --multiple-of {largest}, keeps away from it"
@@ -197,6 +203,9 @@ class _Probe:
                 if bracket.fails is None
                 else f"a size above {failing} fitted although {failing} did not: memory is not monotone here"
             )
+        if self._options.objective == "throughput" and plan is not None:
+            warnings.append(describe_times(self._trials, self._options, plan.micro_batch_size))
+        warnings.append(_describe_leak(self._trials))
         if emulation.data_dependent:
             warnings.append(
                 f"shapes are read from the device by {', '.join(emulation.data_dependent)}: an emulated card holds no values, "
@@ -223,18 +232,41 @@ class _Probe:
             data_dependent=emulation.data_dependent,
             not_modelled=emulation.not_modelled,
             expected_error=emulation.expected_error,
-            warnings=tuple(warnings),
+            warnings=tuple(filter(None, warnings)),
         )
 
 
 def nothing_fits(report: Report) -> NothingFitsError:
     """The error for a report without a plan: what was too small, and the ways out."""
     smallest = min(trial.micro_batch_size for trial in report.trials)
+    ways = ["a larger card", "a smaller model", "shorter sequences", "activation checkpointing"]
+    if report.memory.headroom_bytes:
+        ways.append(f"less headroom than {format_bytes(report.memory.headroom_bytes)}")
     return NothingFitsError(
         f"micro-batch {smallest} does not fit into the budget of {format_bytes(report.memory.budget_bytes)} on "
-        f"{report.device.name}: a larger card, a smaller model, shorter sequences, activation checkpointing or a lower "
-        "--headroom would help",
+        f"{report.device.name}: {', '.join(ways[:-1])} or {ways[-1]} would help",
         trials=report.trials,
+    )
+
+
+def _describe_leak(trials: Sequence[Trial]) -> str:
+    """Say that trials leave memory behind; empty where they do not.
+
+    A cache that is made once, or that grows with the largest size so far, stops growing: a leak is what every trial that
+    fitted adds to, and at least two trials did.
+    """
+    pairs = list(itertools.pairwise(trials))
+    grew = [after.held_at_start_bytes > before.held_at_start_bytes for before, after in pairs]
+    always = all(rose for rose, (before, _) in zip(grew, pairs, strict=True) if before.fits)
+    if sum(grew) < 2 or not always:
+        return ""
+    first, last = trials[0].held_at_start_bytes, trials[-1].held_at_start_bytes
+    if last - first <= _LEAST_LEAK_BYTES:
+        return ""
+    return (
+        f"the job leaks memory: tensors held {format_bytes(first)} when the first trial began and {format_bytes(last)} when the "
+        f"last of {len(trials)} did, so that later ones had less room; a list of losses or outputs that is never emptied does "
+        "that: keep loss.item() or loss.detach() in it"
     )
 
 
@@ -263,5 +295,5 @@ def _fingerprint(facts: DeviceFacts, workload: str, options: ProbeOptions) -> st
         allocator=facts.allocator_settings,
         headroom=options.headroom,
         memory_limit=options.memory_limit,
-        min_windows=options.min_windows,
+        min_windows=windows_per_trial(options),
     )

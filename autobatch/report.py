@@ -50,7 +50,8 @@ class Memory:
     """How the card's memory was shared out, in bytes."""
 
     budget_bytes: int
-    """What a trial might use: total less other tenants and headroom."""
+    """What a trial might use: the total less the driver's own part, other tenants and headroom; of the memory limit
+    where that is less."""
     headroom_bytes: int
     """What was left free on purpose."""
     other_tenants_bytes: int | None
@@ -150,7 +151,7 @@ class Report:
             raise ValueError("an answer with data_dependent operators is never certified")
         if self.basis == "measured" and (self.expected_error or self.not_modelled or self.data_dependent):
             raise ValueError("expected_error, not_modelled and data_dependent belong to emulated answers only")
-        if self.basis == "emulated" and any(trial.seconds_per_step is not None for trial in self.trials):
+        if self.basis == "emulated" and any(trial.is_timed for trial in self.trials):
             raise ValueError("an emulated card knows no time: seconds_per_step must be None")
 
     @property

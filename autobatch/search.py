@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from autobatch.trial import Trial
 
-__all__ = ["Bracket", "SearchSpace", "find_bracket", "next_size"]
+__all__ = ["Bracket", "SearchSpace", "find_bracket", "next_size", "whole_share_may_fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +173,25 @@ def _is_whole_share_untried(trials: Sequence[Trial], space: SearchSpace) -> bool
 
 def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, size: int) -> bool:
     """Whether a share in one micro-batch is untried, and would fit by the estimate that leaves nothing unusable."""
-    trial = _trial_at(trials, size)
-    if not _is_whole_share_untried(trials, space) or not trial.held_bytes:
+    return _is_whole_share_untried(trials, space) and whole_share_may_fit(
+        _trial_at(trials, size), budget_bytes=space.budget_bytes, share=space.share
+    )
+
+
+def whole_share_may_fit(trial: Trial, *, budget_bytes: int, share: int) -> bool:
+    """Whether a share in one micro-batch, which holds no gradients of an earlier one, could fit where a size failed.
+
+    Args:
+        trial: a trial that accumulated and did not fit.
+        budget_bytes: the footprint that a trial may have.
+        share: samples of one rank for each optimizer step.
+    """
+    if not trial.held_bytes:
         return False
     # Where a window never ended the gradients are not known: at most half of what is held with their weights.
     gradient_bytes = trial.gradient_bytes or trial.held_bytes // 2
-    room = space.budget_bytes - _outside(trial) - (trial.held_bytes - gradient_bytes)
-    return room / _per_sample(trial) >= space.share
+    room = budget_bytes - _outside(trial) - (trial.held_bytes - gradient_bytes)
+    return room / _per_sample(trial) >= share
 
 
 def _shrink(trials: Sequence[Trial], space: SearchSpace, high: int) -> int:

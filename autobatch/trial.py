@@ -44,11 +44,20 @@ class Trial:
     """Cache flushes of the allocator after the second window (`num_alloc_retries`)."""
     seconds_per_step: float | None
     """Median seconds from one optimizer step to the next; None where time means nothing."""
+    seconds_per_step_deviation: float | None = None
+    """Median absolute deviation of those seconds, in seconds; None where fewer than two steps were timed."""
+    seconds_per_step_end: float | None = None
+    """Median seconds of what comes once for each step, after its micro-batches (clipping, the optimizer, zeroing): a
+    part of `seconds_per_step`. None where time means nothing."""
+    timed_steps: int = 0
+    """Steps behind those three figures: all that ran but the first, which loads kernels and makes the state."""
     confirmation: bool = False
     """True where the trial confirms a size of the plan rather than searches for the maximum."""
     window: tuple[int, ...] = ()
     """The sizes of one window in order; a balanced plan's confirmation mixes two. Empty on input
     means `micro_batches_per_step` times `micro_batch_size`."""
+    held_at_start_bytes: int = 0
+    """Bytes held by tensors when the trial began: more from trial to trial where the job keeps references."""
     held_bytes: int = 0
     """Bytes held by tensors just before the last micro-batch of a window began: weights,
     optimizer state and, under accumulation, gradients. 0 where no window got that far."""
@@ -74,6 +83,12 @@ class Trial:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is below 1")
         if self.outcome is Outcome.FITS and self.steps < 1:
             raise ValueError(f"a trial at {self.micro_batch_size} without an optimizer step cannot fit")
+
+    @property
+    def is_timed(self) -> bool:
+        """True where any of its figures is a time."""
+        seconds = (self.seconds_per_step, self.seconds_per_step_deviation, self.seconds_per_step_end)
+        return self.timed_steps > 0 or any(value is not None for value in seconds)
 
     @property
     def fits(self) -> bool:

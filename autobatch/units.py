@@ -20,9 +20,12 @@ _FACTORS: dict[str, int] = {
 }
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _LARGEST_BYTES = 2**63 - 1
+# Nobody writes so few bytes without a unit: it is a percentage, GiB or MiB whose unit was forgotten.
+_FEWEST_BARE_BYTES = 1 << 20
 _SIZE = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,19}))?\s*([A-Za-z]*)")
+_PERCENTAGES = frozenset(map(str, range(1, 100)))
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-_SIZE_EXAMPLES = "write bytes like '512MiB', '24GiB', '24GB' or 4096"
+_SIZE_EXAMPLES = "write bytes like '512MiB', '24GiB', '24GB' or '4096B'"
 _SHARE_EXAMPLES = "write a share like '1%' or '0.01', from 0 up to but not including 1"
 
 
@@ -31,14 +34,15 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
 
     Args:
         text: a number with an optional unit, in any case: `B`, decimal `KB` to `PB`, binary `KiB`
-            to `PiB`; or an int, taken as bytes. A fraction of a byte is dropped.
+            to `PiB`; or an int, taken as bytes. A fraction of a byte is dropped. Text without a unit is
+            bytes too, but only 0 or from 1 MiB on: fewer were meant as something else.
         name: what the number is, for the error message.
 
     Returns:
         Bytes, from 0 to 2**63 - 1.
 
     Raises:
-        UsageError: not a number, negative, too large, or of an unknown unit.
+        UsageError: not a number, negative, too large, of an unknown unit, or of none where it needs one.
 
     Example:
         >>> parse_bytes("512MiB"), parse_bytes("24GB"), parse_bytes("1.5 GiB"), parse_bytes(4096)
@@ -54,6 +58,9 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
             what = "is negative" if text.strip().startswith("-") else "is not a number of bytes"
             raise UsageError(f"{name} {text!r} {what}; {_SIZE_EXAMPLES}")
         size = _scaled(match, text, name)
+        if not match[3] and 0 < size < _FEWEST_BARE_BYTES:
+            unit = "GiB" if size < 1024 else "MiB"
+            raise UsageError(f"{name} {text!r} is {size} bytes: write {size}{unit}, or {size}B where bytes are meant")
     if size < 0:
         raise UsageError(f"{name} {text!r} is negative; {_SIZE_EXAMPLES}")
     if size > _LARGEST_BYTES:
@@ -156,12 +163,13 @@ def format_percent(part: int, whole: int) -> str:
     return text.rstrip("0").rstrip(".") + "%"
 
 
-def headroom_bytes(headroom: str | float, total_bytes: int) -> int:
+def headroom_bytes(headroom: str | float, total_bytes: int, *, whose: str = "the card's") -> int:
     """Resolve a headroom against a card.
 
     Args:
         headroom: bytes (`"512MiB"`, an int) or a share of the card (`"3%"`, a float).
-        total_bytes: the card's memory in bytes, as NVML reports it.
+        total_bytes: the card's memory in bytes, as NVML reports it, or what is to be used of it.
+        whose: what the memory is, for the error message.
 
     Returns:
         Bytes to leave free, at least 0 and below `total_bytes`.
@@ -177,7 +185,7 @@ def headroom_bytes(headroom: str | float, total_bytes: int) -> int:
     size = round(value * total_bytes) if kind == "share" else int(value)
     if size >= total_bytes:
         raise UsageError(
-            f"headroom {headroom!r} is {format_bytes(size)} and leaves nothing of the card's "
+            f"headroom {headroom!r} is {format_bytes(size)} and leaves nothing of {whose} "
             f"{format_bytes(total_bytes)}; take a smaller one, such as '2%'"
         )
     return size
@@ -195,4 +203,6 @@ def _parse_headroom(headroom: str | float) -> tuple[str, float]:
     try:
         return "bytes", parse_bytes(headroom, name="headroom")
     except UsageError as error:
-        raise UsageError(f"{error}, or a percentage of the card like '3%'") from None
+        # '3' was often meant as '3%'; a number that no percentage can be was not.
+        percentage = headroom.strip() if isinstance(headroom, str) and headroom.strip() in _PERCENTAGES else "3"
+        raise UsageError(f"{error}, or a percentage of the card like '{percentage}%'") from None

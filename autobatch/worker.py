@@ -117,11 +117,12 @@ def _serve_trials(
     make_job: Callable[[], TrainingJob],
 ) -> None:
     from autobatch.jsonform import to_json_form
+    from autobatch.throughput import windows_per_trial
     from autobatch.workload.inspection import inspect_job
     from autobatch.workload.running import TrialRunner
 
     emulated = device.facts.basis == "emulated"
-    runner = TrialRunner(make_job, device.memory, min_windows=options.min_windows, timed=not emulated)
+    runner = TrialRunner(make_job, device.memory, min_windows=windows_per_trial(options), timed=not emulated)
     for line in requests:
         request = json.loads(line)
         if "inspect" in request:

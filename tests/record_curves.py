@@ -22,6 +22,7 @@ CARDS = ("RTX 3060", "T4", "L4", "RTX 4090", "A100-SXM4-40GB", "A40")
 WORKLOADS = ("gpt2", "vit?image=512", "resnet50?image=640")
 MORE = (
     ("H100-80GB", "gpt2"),
+    ("A10G", "resnet50?image=640"),
     ("A100-SXM4-40GB", "gpt2?layers=24&width=1024&heads=16"),
     ("A100-SXM4-40GB", "vit?image=384"),
     ("A100-SXM4-40GB", "resnet50?image=448"),

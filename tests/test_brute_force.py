@@ -24,7 +24,7 @@ CASES = [
         for workload, cards in (
             ("gpt2", ("T4", "L4", "A40")),
             ("vit?image=512", ("RTX 3060", "L4", "RTX 4090")),
-            ("resnet50?image=640", ("T4", "L4", "RTX 4090")),
+            ("resnet50?image=640", ("T4", "L4", "RTX 4090", "A10G")),
         )
         for card in cards
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 from autobatch.cli import main
+from autobatch.cli.probe import _print
+from autobatch.gpu.catalogue import find_card
+from autobatch.present.tables import report_view
 from autobatch.report import Report
 from autobatch.units import parse_bytes
 
@@ -90,10 +96,17 @@ GPT2 = ("probe", "gpt2", "--target", "8", "--emulate", "T4")
         (("probe", "--target", "-1"), 2, ["target -1", "at least 1"]),
         (("probe", "--target", "abc"), 2, ["--target", "'abc'", "whole number"]),
         (("probe", "--targt", "8"), 2, ["--targt", "did you mean --target?"]),
+        (("probe", "--headrom", "3%"), 2, ["--headrom", "did you mean --headroom?"]),
+        (("probe", "--micro-batch=3"), 2, ["did you mean --max-micro-batch?"]),
         (("probe", "--target", "8", "--emulate", "A10O"), 2, ["'A10O'", "A10"]),
         (("probe", "--target", "8", "--emulate", "A100"), 2, ["'A100'", "A100-SXM4-40GB", "A100-PCIE-80GB"]),
         ((*GPT2, "--headroom", "99GiB"), 2, ["99 GiB", "15 GiB"]),
         ((*GPT2, "--headroom", "5G"), 2, ["5GiB", "5GB"]),
+        ((*GPT2, "--headroom", "3"), 2, ["headroom '3' is 3 bytes", "3GiB", "'3%'"]),
+        ((*GPT2, "--memory-limit", "24"), 2, ["memory_limit '24' is 24 bytes", "24GiB"]),
+        ((*GPT2, "--tenant", "2"), 2, ["tenant '2' is 2 bytes", "2GiB"]),
+        ((*GPT2, "--headroom", "5GiB", "--memory-limit", "4GiB"), 2, ["5 GiB", "memory_limit 4 GiB"]),
+        ((*GPT2, "--headroom", "20GiB", "--memory-limit", "80GiB"), 2, ["20 GiB", "the card's 15 GiB"]),
         ((*GPT2, "--headroom", "100%"), 2, ["100%"]),
         ((*GPT2, "--memory-limit", "xyz"), 2, ["memory_limit", "'xyz'"]),
         ((*GPT2, "--memory-limit", "0"), 2, ["memory_limit", "'0'"]),
@@ -110,6 +123,28 @@ GPT2 = ("probe", "gpt2", "--target", "8", "--emulate", "T4")
         (("probe", "--target", "8", "--device", "mps"), 69, ["device mps", "--emulate"]),
         (("probe", "--target", "8", "--device", "tpu"), 2, ["'tpu'", "cuda:N"]),
         (("probe", "--target", "10", "--world-size", "4"), 5, ["target 10", "world_size 4", "--split balanced"]),
+        (
+            (
+                "probe",
+                "--target",
+                "9",
+                "--world-size",
+                "4",
+                "--split",
+                "balanced",
+                "--format",
+                "args",
+                "--emulate",
+                "T4",
+            ),
+            5,
+            ["target 9", "world_size 4", "--format env", "--split even with a --tolerance"],
+        ),
+        (
+            ("plan", "--target", "256", "--max-micro-batch", "97", "--split", "balanced", "--format", "args"),
+            5,
+            ["86 and 85", "--split even", "--format env or json"],
+        ),
         (("plan", "--target", "8"), 2, ["--max-micro-batch"]),
         (("plan", "--target", "10", "--max-micro-batch", "8", "--world-size", "4"), 5, ["10", "4", "--tolerance"]),
         (("plan", "--target", "8", "--max-micro-batch", "2", "--", "x"), 2, ["no command after --"]),
@@ -118,7 +153,7 @@ GPT2 = ("probe", "gpt2", "--target", "8", "--emulate", "T4")
         (("emulate", "T4"), 2, ["emulate GPU -- COMMAND"]),
         (("emulate", ",", "--", "true"), 2, ["names no card"]),
         (("emulate", "A100", "--", "true"), 2, ["A100-SXM4-80GB"]),
-        (("emulate", "T4", "--", "no-such-program"), 2, ["no-such-program"]),
+        (("emulate", "T4", "--", "no-such-program"), 127, ["no-such-program"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
 )
@@ -134,6 +169,14 @@ def test_bad_input_is_one_line_and_its_code(
     assert all(word in printed.err for word in words), printed.err
 
 
+def test_a_flag_unlike_any_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    """A guess that nobody could mean sends its reader the wrong way; the help lists every flag."""
+    assert run_main("probe", "--foo") == 2
+    printed = capsys.readouterr().err
+    assert "did you mean" not in printed
+    assert "autobatch probe --help" in printed
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -146,6 +189,11 @@ def test_bad_input_is_one_line_and_its_code(
         (b"[tool.autobatch]\ntarget = true", ["target True"]),
         (b"[tool.autobatch]\ntarget = 8\nworkload = 3", ["workload is 3"]),
         (b"[tool.autobatch]\ntarget = 8\nheadroom = 1.5", ["headroom 1.5"]),
+        (b"[tool.autobatch]\ntarget = 8\nheadroom = 3", ["headroom '3' is 3 bytes", "'3%'"]),
+        (b"[tool.autobatch]\ntarget = 8\nmemory_limit = 24", ["memory_limit '24' is 24 bytes"]),
+        (b'[tool.autobatch]\ntarget = 8\nformat = "yaml"', ["format is 'yaml'", "table, json, env, args"]),
+        (b"[tool.autobatch]\ntarget = 8\nformat = [3]", ["format is [3]"]),
+        (b"[tool.autobatch]\ntarget = 8\nverbose = 1", ["verbose is 1", "true or false"]),
         (b'[tool.autobatch]\ntarget = 8\nemulate = ["T4"]', ["emulate ['T4']"]),
         (b'[tool.autobatch]\ntarget = 8\nworkload = "gtp2"', ["'gtp2'"]),
     ],
@@ -188,6 +236,66 @@ def test_a_device_in_the_file_counts_like_the_flag(tmp_path: Path, capsys: pytes
     assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
+@NO_GPU
+def test_a_format_in_the_file_counts_like_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What scripts read is not answered for a card that is not there, wherever the format was asked for."""
+    (tmp_path / "pyproject.toml").write_text('[tool.autobatch]\ntarget = 8\nformat = "env"\n')
+    assert run_main("probe", "gpt2") == 69
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    # Refused as a form that cannot say the plan, before any card is looked for.
+    (tmp_path / "pyproject.toml").write_text('[tool.autobatch]\ntarget = 9\nsplit = "balanced"\nworld_size = 4\n')
+    assert run_main("probe", "gpt2", "--format", "args") == 5
+
+
+def test_what_the_file_says_of_verbose_is_heard(tmp_path: Path) -> None:
+    """The traceback of a job that fails is shown as under `--verbose`, and the file's own job is the one that runs."""
+    (tmp_path / "mine.py").write_text("def job():\n    raise ValueError('by mine')\n")
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.autobatch]\ntarget = 8\nworkload = "mine.py:job"\nemulate = "T4"\nverbose = true\n'
+    )
+    ended = run()
+    assert ended.returncode == 4
+    assert "Traceback" in ended.stderr
+    assert "by mine" in ended.stderr.splitlines()[-1]
+    assert "--verbose" not in ended.stderr
+
+
+SETTINGS = """
+[tool.autobatch]
+target = 250
+world-size = 4
+split = "balanced"
+headroom = "3%"
+max_micro_batch = 5
+format = "json"
+"""
+
+
+def test_plan_reads_the_file_under_its_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Target, ranks, split and format come from the file where no flag says otherwise."""
+    (tmp_path / "pyproject.toml").write_text(SETTINGS)
+    assert run_main("plan", "--max-micro-batch", "16") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["target"], plan["world_size"], plan["split"]) == (250, 4, "balanced")
+    assert plan["rank_micro_batch_sizes"] == [[16, 16, 16, 15]] * 2 + [[16, 16, 15, 15]] * 2
+    assert run_main("plan", "--max-micro-batch", "16", "--world-size", "1", "--target", "64", "--format", "args") == 0
+    assert capsys.readouterr().out == "--micro-batch-size 16 --accumulation-steps 4\n"
+
+
+def test_plan_takes_no_maximum_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There it is where a probe stops, which nobody has seen fit."""
+    (tmp_path / "pyproject.toml").write_text(SETTINGS)
+    assert run_main("plan") == 2
+    assert "no maximum: give --max-micro-batch" in capsys.readouterr().err
+
+
+def test_plan_refuses_a_bad_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slip in the table is said by every command that reads it."""
+    (tmp_path / "pyproject.toml").write_text("[tool.autobatch]\ntarge = 3\n")
+    assert run_main("plan", "--target", "8", "--max-micro-batch", "4") == 2
+    assert "has targe: it takes" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +318,22 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
     printed = capsys.readouterr()
     assert printed.out.startswith(f"usage: {' '.join(('autobatch', *command))}")
     assert printed.err == ""
+    assert "%%" not in printed.out
+
+
+def test_help_reads_as_a_person_would_write(capsys: pytest.CaptureFixture[str]) -> None:
+    """Percentages and seconds have their units, and an option is explained for the command that it is of."""
+    assert run_main("probe", "--help") == 0
+    of_probe = " ".join(capsys.readouterr().out.split())
+    assert "[--headroom 512MiB|3%]" in of_probe
+    assert "percentage (default 2%)" in of_probe
+    assert "may miss it (default 0%)" in of_probe
+    assert "one trial may take (default 600 s)" in of_probe
+    assert "largest micro-batch size to try" in of_probe
+    assert run_main("plan", "--help") == 0
+    of_plan = " ".join(capsys.readouterr().out.split())
+    assert "--max-micro-batch N largest micro-batch size that fits" in of_plan
+    assert "to try" not in of_plan
 
 
 PLAN = ("plan", "--target", "256", "--max-micro-batch", "97")
@@ -234,10 +358,21 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_plan_for_shells(capsys: pytest.CaptureFixture[str]) -> None:
     """`env` can be evaluated by a shell, `args` stands on a command line."""
     assert run_main(*PLAN, "--split", "balanced", "--format", "env") == 0
-    script = capsys.readouterr().out + 'echo "$AUTOBATCH_ACCUMULATION_STEPS $AUTOBATCH_MICRO_BATCH_SIZES"'
+    printed = capsys.readouterr()
+    assert printed.err.startswith("autobatch: note: AUTOBATCH_MICRO_BATCH_SIZE is unset")
+    script = printed.out + 'echo "$AUTOBATCH_ACCUMULATION_STEPS $AUTOBATCH_MICRO_BATCH_SIZES"'
     assert subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=True).stdout == "3 86,85,85\n"
     assert run_main(*PLAN, "--format", "args") == 0
     assert capsys.readouterr().out == "--micro-batch-size 64 --accumulation-steps 4\n"
+
+
+def test_a_warning_that_a_form_has_no_place_for_is_talk(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that evaluates a plan that misses its target leaves a line in the log."""
+    arguments = ("--target", "257", "--max-micro-batch", "97", "--tolerance", "1%", "--format", "args")
+    assert run_main("plan", *arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "--micro-batch-size 86 --accumulation-steps 3\n"
+    assert printed.err == "autobatch: note: effective batch 258 misses target 257 by 1 (0.39%)\n"
 
 
 def test_a_prime_target_is_served_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +394,8 @@ def test_the_cards_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None
     for card in content["can_be_emulated"]:
         assert card["name"] in table
         assert card["cuda_total_bytes"] < card["nvml_total_bytes"]
+        assert {find_card(name).name for name in (*card["aliases"], card["name"])} == {card["name"]}
+    assert any(card["aliases"] for card in content["can_be_emulated"])
 
 
 def test_doctor_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +497,10 @@ TRIAL_KEYS = {
     "micro_batch_size", "outcome", "steps", "peak_allocated_bytes", "peak_reserved_bytes", "footprint_bytes",
     "alloc_retries", "seconds_per_step", "micro_batches_per_step", "confirmation",
 }  # fmt: skip
-OUR_TRIAL_KEYS = {"window", "held_bytes", "gradient_bytes", "largest_segment_bytes", "oom_request_bytes", "note"}
+OUR_TRIAL_KEYS = {
+    "window", "held_bytes", "held_at_start_bytes", "gradient_bytes", "largest_segment_bytes", "oom_request_bytes", "note",
+    "seconds_per_step_deviation", "seconds_per_step_end", "timed_steps",
+}  # fmt: skip
 
 
 def probe_json(*arguments: str) -> dict[str, Any]:
@@ -429,6 +569,33 @@ def test_the_answer_for_gpt2(gpt2_on_an_a100: dict[str, Any]) -> None:
 def test_the_report_goes_through_json_and_back(gpt2_on_an_a100: dict[str, Any]) -> None:
     """What the command line prints is what the library reads."""
     assert json.loads(Report.from_json(json.dumps(gpt2_on_an_a100)).to_json()) == gpt2_on_an_a100
+
+
+def test_a_report_for_shells(gpt2_on_an_a100: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is evaluated says on what it rests, and the talk beside it how far to trust that."""
+    report = Report.from_dict(gpt2_on_an_a100)
+    _print(report, "env")
+    printed = capsys.readouterr()
+    assert "export AUTOBATCH_BASIS=emulated" in printed.out.splitlines()
+    assert f"autobatch: note: emulated: {report.expected_error}\n" in printed.err
+
+
+def _shape(text: str) -> list[str]:
+    """Lines without their figures and widths; the trials, which are as many as it took, are left out."""
+    before, _, after = text.partition("micro-batches  reserved")
+    trials_header, _, rest = after.partition("\n")
+    rest = rest.partition("\n\n")[2]
+    lines = [*before.splitlines(), trials_header, " ".join(rest.split())]
+    return [re.sub(r"[0-9.,]+|−", "#", " ".join(line.split())).replace("##", "#") for line in lines]
+
+
+def test_the_sample_in_the_readme_is_what_is_printed(gpt2_on_an_a100: dict[str, Any]) -> None:
+    """Every line of it, to the paragraph at its end, but for figures that move with versions."""
+    page = io.StringIO()
+    Console(file=page, width=120, color_system=None).print(report_view(Report.from_dict(gpt2_on_an_a100)))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sample = readme[readme.index("gpt2 on NVIDIA A100-SXM4-40GB, emulated") :].partition("```")[0]
+    assert _shape(sample) == _shape(page.getvalue())
 
 
 @pytest.mark.slow
@@ -524,6 +691,20 @@ def test_a_job_whose_shapes_are_data_is_not_certified(tmp_path: Path) -> None:
     memory = content["memory"]
     assert memory["other_tenants_bytes"] == parse_bytes("4GiB")
     assert memory["budget_bytes"] <= content["device"]["total_bytes"] - parse_bytes("4GiB") - memory["headroom_bytes"]
+
+
+def test_a_plan_that_a_form_cannot_say_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known only after the probe: the sizes are named, with a command that prints the plan without another probe."""
+    workload = write_job(tmp_path, "model(x).mean().backward()")
+    options = ("--target", "257", "--max-micro-batch", "97", "--split", "balanced")
+    ended = run(workload, *options, "--emulate", "T4", "--format", "args")
+    assert ended.returncode == 5
+    assert ended.stdout == ""
+    last = ended.stderr.splitlines()[-1]
+    assert "86 and 85" in last
+    command = last.partition("without a new probe: autobatch ")[2].split()
+    assert run_main(*command) == 0
+    assert json.loads(capsys.readouterr().out)["micro_batch_sizes"] == [86, 86, 85]
 
 
 def test_a_trial_that_hangs_is_ended_and_placed(tmp_path: Path) -> None:

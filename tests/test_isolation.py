@@ -19,7 +19,7 @@ import pytest
 
 from autobatch.errors import BusyError, UsageError, WorkloadError
 from autobatch.isolation import IsolatedTrials
-from autobatch.lastwords import last_line, last_place, read_tail
+from autobatch.lastwords import last_line, last_place, read_tail, was_importing
 from autobatch.options import ProbeOptions
 
 if TYPE_CHECKING:
@@ -185,6 +185,26 @@ Extension modules: numpy, torch._C (total: 2)
 def test_the_place_of_a_crash_is_the_jobs_own_innermost_frame() -> None:
     """Neither torch's frames nor those of another thread say where the job stood."""
     assert last_place(DUMP) == "/home/me/train.py, line 7 in step"
+
+
+IMPORTING = f"""\
+Fatal Python error: Aborted
+
+Current thread 0x00007f0000000002 (most recent call first):
+  File "{Path(os.__file__).parent / "inspect.py"}", line 1065 in getsourcefile
+  File "/venv/lib/python3.11/site-packages/sympy/core/core.py", line 9 in <module>
+  File "/venv/lib/python3.11/site-packages/torch/_dynamo/__init__.py", line 7 in <module>
+  File "/venv/lib/python3.11/site-packages/torch/optim/optimizer.py", line 7 in step
+"""
+
+
+def test_a_crash_outside_the_job_is_not_placed_in_other_peoples_code() -> None:
+    """A line of Python's own `inspect.py` says nothing to a user; that torch was still being imported does."""
+    assert last_place(IMPORTING) == ""
+    assert was_importing(IMPORTING) == "torch"
+    assert was_importing(DUMP) == ""
+    in_a_job = IMPORTING + '  File "/home/me/train.py", line 1 in <module>\n'
+    assert last_place(in_a_job) == "/home/me/train.py, line 1 in <module>"
 
 
 def test_last_words_are_the_jobs_and_not_the_dumps() -> None:

@@ -31,14 +31,14 @@ def test_one_optimizer_and_several_are_taken(optimizer: torch.optim.Optimizer) -
     ("arguments", "message"),
     [
         ({"micro_step": None}, r"micro_step is nothing \(None\).*micro_step\(n\)"),
-        ({"micro_step": 32}, "micro_step is a int"),
+        ({"micro_step": 32}, "micro_step is an int"),
         ({"optimizer": []}, r"no optimizer: pass the torch\.optim\.Optimizer"),
         ({"optimizer": None}, r"optimizer is nothing \(None\): pass a torch\.optim\.Optimizer"),
         ({"optimizer": "adam"}, "optimizer is a str"),
         ({"optimizer": torch.nn.Linear(2, 2).parameters()}, "optimizer is a generator"),
         ({"optimizer": torch.nn.Linear(2, 2)}, "optimizer is a Linear"),
         ({"scaler": True}, r"scaler is a bool: pass the torch\.amp\.GradScaler"),
-        ({"end_window": 3}, "end_window is a int: pass a function without arguments"),
+        ({"end_window": 3}, "end_window is an int: pass a function without arguments"),
     ],
 )
 def test_what_cannot_be_trained_with_is_refused(
@@ -68,7 +68,7 @@ def test_a_factory_returns_a_job_or_a_pair(optimizer: torch.optim.Optimizer) -> 
     ("result", "kind"),
     [
         (None, r"nothing \(None\)"),
-        (32, "a int"),
+        (32, "an int"),
         ((_micro_step,), "a tuple"),
         ((_micro_step, None, None), "a tuple"),
         (("model", _micro_step), "a tuple"),

@@ -1,8 +1,14 @@
-"""A probe in the caller's own process finds the true maximum and leaves every bit of the training as it was."""
+"""A probe in the caller's own process finds the true maximum and leaves every bit of the training as it was.
+
+Memory is scripted everywhere, so that out-of-memory errors come where a test says. The tests of what is left behind run
+on CPU tensors, whose values are real, and on a real GPU where there is one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +23,7 @@ from autobatch.errors import NothingFitsError, UsageError, WorkloadError
 from autobatch.gpu import opening
 from autobatch.library import probe_on
 from autobatch.options import ProbeOptions
+from autobatch.report import Report
 from autobatch.snapshot import state_hash
 from autobatch.trial import Outcome
 from autobatch.workload.job import TrainingJob
@@ -24,8 +31,6 @@ from autobatch.workload.running import TrialRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from autobatch.report import Report
 
 LARGEST = 5
 """The largest micro-batch of `Training`."""
@@ -64,16 +69,16 @@ class Net(nn.Module):
 
 
 class Training:
-    """A training loop on CPU tensors with all that a probe may disturb: 5 samples fit, or 6 without accumulation."""
+    """A training loop with all that a probe may disturb: 5 samples fit, or 6 without accumulation."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, device: str = "cpu") -> None:
         seed()
         self.memory = ScriptedMemory()
-        self.model = Net(torch.bfloat16 if kind == "bf16" else torch.float32)
+        self.model = Net(torch.bfloat16 if kind == "bf16" else torch.float32).to(device)
         make = Fp32Momentum if kind == "bf16" else torch.optim.AdamW
         self.optimizer: torch.optim.Optimizer = make(self.model.parameters())
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) if kind == "scaler" else None
+        self.scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=2) if kind == "scaler" else None
         self.micro_steps = 0
         self.at: dict[int, Callable[[], object]] = {}
         self.fail_in_end_window = False
@@ -96,7 +101,7 @@ class Training:
         self.at.get(self.micro_steps, lambda: None)()
         weight = next(self.model.parameters())
         self.model.dropout.train()
-        loss = self.model(torch.randn(n + 1, 4, dtype=weight.dtype)).square().mean()
+        loss = self.model(torch.randn(n + 1, 4, dtype=weight.dtype, device=weight.device)).square().mean()
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def end_window(self) -> None:
@@ -143,6 +148,15 @@ def drawn_by_numpy() -> list[int]:
     return [int(word) for word in state[1]]
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    # An emulated card holds no values: nothing could be told from there.
+    if name == "cuda" and (not torch.cuda.is_available() or "AUTOBATCH_EMULATED_GPU" in os.environ):
+        pytest.skip("no real NVIDIA GPU")
+    return name
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -164,9 +178,9 @@ def probe_job(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_is_put_back_bit_for_bit(kind: str) -> None:
+def test_everything_is_put_back_bit_for_bit(kind: str, device: str) -> None:
     """Weights, statistics, optimizer state or its absence, gradients, scaler, schedule, modes, generators: one hash."""
-    training = Training(kind)
+    training = Training(kind, device)
     before = state_hash(training.state)
     report = training.probe()
     assert report.max_micro_batch_size == LARGEST
@@ -176,12 +190,12 @@ def test_everything_is_put_back_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_after_a_probe_is_the_training_without_one(kind: str) -> None:
+def test_training_after_a_probe_is_the_training_without_one(kind: str, device: str) -> None:
     """Five steps later every bit is the same as where no probe ran."""
-    probed, plain = Training(kind), Training(kind)
+    plain = Training(kind, device)
     plain.train(5)
     expected = state_hash(plain.state)
-    probed = Training(kind)  # seeds again
+    probed = Training(kind, device)  # seeds again
     probed.probe()
     probed.train(5)
     assert state_hash(probed.state) == expected
@@ -191,9 +205,11 @@ def test_training_after_a_probe_is_the_training_without_one(kind: str) -> None:
     ("micro_step", "error"), [(1, KeyboardInterrupt()), (4, ValueError("labels")), (9, KeyboardInterrupt())]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_probe_that_ends_half_way_puts_everything_back_too(kind: str, micro_step: int, error: BaseException) -> None:
+def test_a_probe_that_ends_half_way_puts_everything_back_too(
+    kind: str, device: str, micro_step: int, error: BaseException
+) -> None:
     """An error of the job or an interrupt, in the first trial or a later one, after steps or before."""
-    training = Training(kind)
+    training = Training(kind, device)
     before = state_hash(training.state)
 
     def fail() -> None:
@@ -207,9 +223,9 @@ def test_a_probe_that_ends_half_way_puts_everything_back_too(kind: str, micro_st
     assert training.memory.begun == training.memory.ended
 
 
-def test_an_out_of_memory_error_between_unscale_and_update_leaves_the_scaler_usable() -> None:
+def test_an_out_of_memory_error_between_unscale_and_update_leaves_the_scaler_usable(device: str) -> None:
     """A scaler keeps what it did for each optimizer until `update`: without it put back, the next `unscale_` fails."""
-    training = Training("scaler")
+    training = Training("scaler", device)
     training.fail_in_end_window = True
     before = state_hash(training.state)
     report = training.probe()
@@ -220,9 +236,9 @@ def test_an_out_of_memory_error_between_unscale_and_update_leaves_the_scaler_usa
     training.train(1)
 
 
-def test_every_trial_starts_from_the_callers_state() -> None:
+def test_every_trial_starts_from_the_callers_state(device: str) -> None:
     """The second trial does not meet weights, statistics or optimizer state that the first one trained."""
-    training = Training("with state")
+    training = Training("with state", device)
     before = state_hash([training.model])
     seen: list[bool] = []
     begin = training.memory.on_call
@@ -246,9 +262,9 @@ def test_the_optimizer_keeps_no_hook_of_the_probe() -> None:
     assert dict(training.optimizer._optimizer_step_post_hooks) == hooks
 
 
-def test_a_callback_that_fails_costs_nothing() -> None:
+def test_a_callback_that_fails_costs_nothing(device: str) -> None:
     """Progress is told to the caller's own code, which may raise."""
-    training = Training("with state")
+    training = Training("with state", device)
     before = state_hash(training.state)
 
     micro_steps = training.micro_steps
@@ -285,6 +301,28 @@ def test_what_cannot_be_put_back_is_refused_before_any_trial() -> None:
     with pytest.raises(UsageError, match="restore cannot take a object"):
         probe_on(scripted_device(memory), small_job(int), ProbeOptions(target=4), restore=[object()], workload="job")
     assert memory.calls == []
+
+
+def test_a_probe_for_throughput_times_every_size_with_its_spread() -> None:
+    """On a device that is timed each trial runs enough steps to tell noise from a difference, and says so in JSON."""
+    memory = ScriptedMemory()
+    report = probe_job(memory, lambda n: memory.use(n * 9 * MIB), target=256, objective="throughput")
+    fitting = [trial for trial in report.trials if trial.fits]
+    assert {trial.timed_steps for trial in fitting} == {6}
+    assert all(
+        trial.seconds_per_step_deviation is not None
+        and trial.seconds_per_step is not None
+        and trial.seconds_per_step_end is not None
+        and 0 < trial.seconds_per_step_end < trial.seconds_per_step
+        for trial in fitting
+    )
+    assert any("time per effective batch" in warning and " at 64" in warning for warning in report.warnings)
+    assert Report.from_json(report.to_json()) == report
+    absent = json.loads(report.to_json())
+    for trial in absent["trials"]:  # as an earlier version wrote it
+        for name in ("seconds_per_step_deviation", "seconds_per_step_end", "timed_steps", "held_at_start_bytes"):
+            del trial[name]
+    assert Report.from_dict(absent).trials[0].seconds_per_step_deviation is None
 
 
 # ---- the face -------------------------------------------------------------------------------------------------------
@@ -372,9 +410,9 @@ def test_peers_defect_4_a_second_probe_does_not_start_from_the_firsts_answer() -
     assert probe_job(memory, int, job=job, target=256).max_micro_batch_size == 90
 
 
-def test_peers_defect_5_an_out_of_memory_error_after_steps_costs_neither_weights_nor_samples() -> None:
+def test_peers_defect_5_an_out_of_memory_error_after_steps_costs_neither_weights_nor_samples(device: str) -> None:
     """OOM in the second window, after weights were trained: they are put back, and 20 samples stay 20."""
-    training = Training("without state")
+    training = Training("without state", device)
     before = state_hash(training.state)
     windows: list[int] = []
 
@@ -385,7 +423,7 @@ def test_peers_defect_5_an_out_of_memory_error_after_steps_costs_neither_weights
 
     def micro_step(n: int) -> None:
         late(n)
-        training.model(torch.randn(n + 1, 4)).square().mean().backward()
+        training.model(torch.randn(n + 1, 4, device=device)).square().mean().backward()
 
     job = TrainingJob(micro_step=micro_step, optimizer=training.optimizer)
     report = probe_on(
@@ -423,13 +461,14 @@ def test_peers_defect_6_no_batch_is_repeated_after_its_step() -> None:
     assert state_hash([optimizer]) == before
 
 
-def test_peers_defect_7_a_probe_trains_nothing_of_the_callers() -> None:
+def test_peers_defect_7_a_probe_trains_nothing_of_the_callers(device: str) -> None:
     """Weights, batch-norm statistics, generators and gradients are those from before, each looked at by itself."""
-    training = Training("with gradients")
+    training = Training("with gradients", device)
     model = training.model
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     drawn = torch.get_rng_state(), random.getstate(), drawn_by_numpy()
+    drawn_on_device = torch.cuda.get_rng_state() if device == "cuda" else None
     training.probe()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -440,6 +479,8 @@ def test_peers_defect_7_a_probe_trains_nothing_of_the_callers() -> None:
     assert torch.equal(torch.get_rng_state(), drawn[0])
     assert random.getstate() == drawn[1]
     assert drawn_by_numpy() == drawn[2]
+    if drawn_on_device is not None:
+        assert torch.equal(torch.cuda.get_rng_state(), drawn_on_device)
     assert training.optimizer.state_dict()["state"] == {}
     assert model.training
 

@@ -165,8 +165,8 @@ def test_a_builtin_is_its_own_factory() -> None:
 
 
 def test_a_module_without_that_function_lists_what_it_has(here: Path) -> None:
-    """Its own functions, not those that it imported."""
-    (here / "own_train.py").write_text(f"from os.path import join\n{JOB}")
+    """Its own functions, not those that it imported, nor those whose name says that they are nobody else's."""
+    (here / "own_train.py").write_text(f"from os.path import join\n{JOB}\ndef _inner(): ...\n")
     with pytest.raises(UsageError, match=r"own_train\.py has no function 'jobs': it has job, other_job$"):
         load_factory(WorkloadName.parse("own_train.py:jobs"))
 
@@ -174,7 +174,7 @@ def test_a_module_without_that_function_lists_what_it_has(here: Path) -> None:
 def test_a_module_without_functions_says_so(here: Path) -> None:
     """A constant of the name asked for is no factory either."""
     (here / "own_train.py").write_text("job = 3\n")
-    with pytest.raises(UsageError, match="has no function 'job': it has no functions"):
+    with pytest.raises(UsageError, match=r"has no function 'job': it has no public functions$"):
         load_factory(WorkloadName.parse("own_train:job"))
 
 

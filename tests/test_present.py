@@ -15,6 +15,7 @@ from autobatch.facts import DeviceFacts
 from autobatch.gpu.catalogue import load_catalogue
 from autobatch.gpu.presence import Presence, PresentCard
 from autobatch.options import ProbeOptions
+from autobatch.plan import Plan
 from autobatch.present.inventory import cards_view, findings_view
 from autobatch.present.progress import ProgressLines
 from autobatch.present.tables import plan_view, report_view
@@ -87,7 +88,7 @@ def report(**changes: object) -> Report:
 def rendered(view: RenderableType, width: int) -> str:
     page = io.StringIO()
     Console(file=page, width=width, color_system=None).print(view)
-    return page.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
 
 
 VIEWS = {
@@ -117,6 +118,107 @@ VIEWS = {
 }
 
 
+def figures(text: str, title: str) -> dict[str, str]:
+    """Names and figures of one table, as they are printed."""
+    lines = text[text.index(f"{title}\n") :].split("\n\n", maxsplit=1)[0].splitlines()[1:]
+    rows = (re.split(r" {2,}", line.strip()) for line in lines if not line.startswith("    "))
+    return {row[0]: row[1] for row in rows}
+
+
+def mebibytes(figure: str) -> int:
+    return int(figure.removesuffix(" MiB").replace(",", "").replace("−", "-"))
+
+
+A100 = dataclasses.replace(DEVICE, total_bytes=40 * GIB)
+T4 = dataclasses.replace(DEVICE, total_bytes=15 * GIB)
+# The headroom of 2 % of 15 GiB, and a CUDA total as drivers report it, are no whole MiB.
+T4_LEFT = 15_835_660_288
+
+
+@pytest.mark.parametrize(
+    ("device", "left", "tenants", "limit", "names"),
+    [
+        (A100, 42_298_834_944, 0, None, ["kept by the driver", "other tenants"]),
+        (A100, 42_298_834_944 - 123_456_789, 123_456_789, None, ["kept by the driver", "other tenants"]),
+        (T4, T4_LEFT, None, None, ["kept by the driver", "other tenants"]),
+        (T4, T4_LEFT, 0, 15 * GIB, ["kept by the driver", "other tenants"]),
+        (T4, 6_000_000_000, 3 * GIB, 6_000_000_000, ["beyond the limit"]),
+        (T4, T4_LEFT - GIB, GIB, 80 * GIB, ["kept by the driver", "other tenants"]),
+    ],
+)
+def test_the_memory_adds_up_as_it_is_printed(
+    device: Device, left: int, tenants: int | None, limit: int | None, names: list[str]
+) -> None:
+    """The figures on the screen sum to the budget, which is the one that the trials are held against."""
+    options = ProbeOptions(target=256, split="balanced", memory_limit=limit)
+    headroom = options.headroom_bytes(device.total_bytes)
+    budget = min(left, limit or left) - headroom
+    memory = Memory(
+        budget_bytes=budget, headroom_bytes=headroom, other_tenants_bytes=tenants, context_bytes=527_433_728
+    )
+    text = rendered(report_view(report(device=device, memory=memory, options=options)), 120)
+    shown_figures = figures(text, "memory")
+    assert list(shown_figures) == ["card", *names, "headroom", "budget", "CUDA context"]
+    assert shown_figures.pop("CUDA context") == "503 MiB"
+    *parts, total = map(mebibytes, shown_figures.values())
+    assert sum(parts) == total
+    exact = {"card": device.total_bytes, "headroom": -headroom, "other tenants": -(tenants or 0), "budget": budget}
+    exact["kept by the driver"] = -(device.total_bytes - (tenants or 0) - headroom - budget)
+    exact["beyond the limit"] = -(device.total_bytes - (limit or 0))
+    for name, figure in shown_figures.items():
+        assert abs(mebibytes(figure) - exact[name] / (1 << 20)) < 1, name
+
+
+def test_a_limit_says_what_it_does() -> None:
+    """It is what bounds the budget, or it is no less than what is there anyway; either way it is on the screen."""
+    options = ProbeOptions(target=256, split="balanced", memory_limit=24 * GIB)
+    memory = dataclasses.replace(MEMORY, budget_bytes=24 * GIB - MEMORY.headroom_bytes, other_tenants_bytes=3 * GIB)
+    text = rendered(report_view(report(memory=memory, options=options)), 120)
+    assert "--memory-limit 24 GiB; other tenants, here 3 GiB, take of this first" in text
+    options = ProbeOptions(target=256, split="balanced", memory_limit=80 * GIB)
+    assert "--memory-limit 80 GiB is no less" in rendered(report_view(report(options=options)), 120)
+
+
+def test_ranks_that_differ_are_shown_each() -> None:
+    """No rank's sizes are left to be guessed from those of rank 0, and they sum to the effective batch."""
+    text = rendered(plan_view(ProbeOptions(target=250, world_size=4, split="balanced").make_plan(16)), 80)
+    assert re.search(r"micro-batch sizes +16, 15 ", text)
+    assert re.search(r"effective batch size +250 +over 4 ranks that differ, exact\n", text)
+    assert re.search(r"ranks 0 to 1 +3 × 16 \+ 1 × 15 = 63 each\n", text)
+    assert re.search(r"ranks 2 to 3 +2 × 16 \+ 2 × 15 = 62 each\n", text)
+    text = rendered(plan_view(ProbeOptions(target=7, world_size=3, split="balanced").make_plan(16)), 80)
+    assert re.search(r" rank 0 +1 × 3 = 3\n", text)
+    assert re.search(r" ranks 1 to 2 +1 × 2 = 2 each\n", text)
+
+
+def test_ranks_that_are_equal_are_shown_once() -> None:
+    """A factor says it, which counts for the whole sum."""
+    text = rendered(plan_view(ProbeOptions(target=512, world_size=2, split="balanced").make_plan(97)), 80)
+    assert "(1 × 86 + 2 × 85) × 2 ranks, exact" in text
+    assert "rank 0" not in text
+
+
+def test_a_plan_of_very_many_kinds_of_rank_is_cut() -> None:
+    """Such a plan is never made here, but it may be read from JSON."""
+    ranks = tuple((size,) for size in range(40, 0, -1))
+    plan = Plan(
+        target=820, world_size=40, split="balanced", micro_batch_size=40, accumulation_steps=1, micro_batch_sizes=(40,),
+        effective_batch_size=820, exact=True, rank_micro_batch_sizes=ranks,
+    )  # fmt: skip
+    text = rendered(plan_view(plan), 400)
+    assert text.count("\n  rank ") == 8
+    assert "--format json lists every rank" in text
+
+
+@pytest.mark.parametrize("name", ["A100", "V100", "A100-PCIE"])
+def test_no_name_is_listed_that_is_refused(name: str) -> None:
+    """Whoever copies a name from the list gets that card."""
+    text = rendered(VIEWS["cards"], 160)
+    listed = [word for line in text[text.index("also called") :].splitlines()[1:] for word in line.split()[7:]]
+    assert name not in {word.rstrip(",") for word in listed}
+    assert {"H100,", "A6000,", "A100-40GB,"} <= set(listed)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_view_fits_its_terminal(name: str, width: int) -> None:
@@ -131,11 +233,11 @@ def test_a_report_says_what_it_is_for() -> None:
     """The job, the card, the basis, the plan, the maximum with its certificate, and every trial."""
     text = rendered(VIEWS["report"], 80)
     assert text.startswith(f"{MARKUP} on NVIDIA A100-SXM4-40GB [x], emulated")
-    assert re.search(r"micro-batch size +37 ", text)
+    assert re.search(r"micro-batch sizes +37, 36 ", text)
     assert re.search(r"accumulation steps +7 ", text)
     assert "4 × 37 + 3 × 36, exact" in text
     assert re.search(r"largest micro-batch +37 +ran and fitted; 38 ran and did not", text)
-    assert "other tenants unknown" in text
+    assert re.search(r"other tenants +0 MiB +unknown, counted as nothing", text)
     assert re.search(r"2 × 38 +38.0 GiB +– +– +out of memory", text)
     assert re.search(r"37\+36 .* fits \(confirmation\)", text)
     assert "Not modelled: NCCL buffers [all]." in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from autobatch.facts import DeviceFacts, EmulationFacts
 from autobatch.options import ProbeOptions
 from autobatch.probing import ProbeEvent, TrialEnded, TrialStarted, conduct_probe, nothing_fits
 from autobatch.report import Report
-from autobatch.throughput import choose_fastest, seconds_per_batch, sizes_to_time
+from autobatch.throughput import batch_time, choose_fastest, describe_times, sizes_to_time, windows_per_trial
 from autobatch.trial import Outcome, Trial
 
 if TYPE_CHECKING:
@@ -23,11 +24,21 @@ Window = tuple[int, ...]
 
 
 class Trials:
-    """A device on which a window fits where a function says so; 1 MiB for each sample, 1 GiB in all."""
+    """A device on which a window fits where a function says so; 1 MiB for each sample, 1 GiB in all.
+
+    `noise` is the part of a step's time by which steps differ, `leaks_bytes` what each trial of a size leaves behind.
+    """
 
     def __init__(
-        self, fits: Callable[[Window], bool], *, seconds: Callable[[Window], float | None] = lambda _: 1.0, **facts: Any
+        self,
+        fits: Callable[[Window], bool],
+        *,
+        seconds: Callable[[Window], float | None] = lambda _: 1.0,
+        noise: float = 0.0,
+        leaks_bytes: Callable[[int], int] = lambda _: 0,
+        **facts: Any,
     ) -> None:
+        self._noise, self._leaks_bytes, self._left_bytes = noise, leaks_bytes, 50 * MIB
         self._fits = fits
         self._seconds = seconds
         self._emulation = EmulationFacts(**facts)
@@ -43,6 +54,9 @@ class Trials:
         self.ran.append((shape, confirmation))
         fits = self._fits(shape)
         used = max(shape) * MIB if fits else 0
+        seconds = self._seconds(shape) if fits else None
+        held_at_start = self._left_bytes
+        self._left_bytes += self._leaks_bytes(max(shape))
         return Trial(
             micro_batch_size=max(shape),
             outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
@@ -53,7 +67,9 @@ class Trials:
             peak_reserved_bytes=used,
             footprint_bytes=used,
             alloc_retries=0,
-            seconds_per_step=self._seconds(shape) if fits else None,
+            seconds_per_step=seconds,
+            seconds_per_step_deviation=None if seconds is None else seconds * self._noise,
+            held_at_start_bytes=held_at_start,
             confirmation=confirmation,
             oom_request_bytes=0 if fits else max(shape) * MIB,
         )
@@ -210,6 +226,19 @@ def test_where_nothing_fits_there_is_no_plan_and_no_number() -> None:
     )
 
 
+def test_the_ways_out_are_those_of_any_face() -> None:
+    """No flag of the command line in what the library raises; less headroom only where there is some."""
+    trials = Trials(up_to(0))
+    without = str(nothing_fits(probe(trials, target=256)))
+    assert "--" not in without
+    assert "headroom" not in without
+    memory = dataclasses.replace(trials.facts.memory, headroom_bytes=20 * MIB)
+    trials.facts = dataclasses.replace(trials.facts, memory=memory)
+    assert str(nothing_fits(probe(trials, target=256))).endswith(
+        "activation checkpointing or less headroom than 20 MiB would help"
+    )
+
+
 def test_the_smallest_size_is_a_multiple() -> None:
     """With multiples of 8 asked for, 8 is what has to fit."""
     trials = Trials(up_to(7))
@@ -353,6 +382,44 @@ def test_of_sizes_about_as_fast_the_larger_is_chosen() -> None:
     assert report.plan.micro_batch_size == 64
 
 
+def test_what_was_timed_is_told_with_its_noise_and_the_reason() -> None:
+    """One line: every size, its time for the whole batch, how far that may be off, and what was made of it."""
+    seconds: dict[Window, float] = {(64, 64): 2 * 1.0, (32, 32): 2 * 0.4}
+    trials = Trials(up_to(97), seconds=lambda window: seconds.get(window, 99.0), noise=0.05)
+    report = probe(trials, target=256, objective="throughput")
+    [told] = report.warnings
+    assert told == (
+        "time per effective batch by micro-batch size: 4 ± 0.2 s at 64, 3.2 ± 0.16 s at 32, 1584 ± 79.2 s at 8; "
+        "32 is the fastest"
+    )
+    assert "time per effective" not in " ".join(probe(trials, target=256).warnings)
+
+
+def test_a_difference_within_the_noise_decides_nothing() -> None:
+    """32 seems 10 % faster, but the steps of one trial differ by as much: the plan has fewer steps, and it is said."""
+    seconds: dict[Window, float] = {(64, 64): 2 * 1.0, (32, 32): 2 * 0.45}
+
+    def timed(noise: float) -> Report:
+        trials = Trials(up_to(97), seconds=lambda window: seconds.get(window, 99.0), noise=noise)
+        return probe(trials, target=256, objective="throughput")
+
+    noisy, quiet = timed(0.06), timed(0.04)
+    assert noisy.plan is not None
+    assert noisy.plan.micro_batch_size == 64
+    assert "64 and 32 differ within the noise, and 64 takes fewer steps" in noisy.warnings[0]
+    assert quiet.plan is not None
+    assert quiet.plan.micro_batch_size == 32
+    assert trained(noisy)
+    assert trained(quiet)
+
+
+def test_trials_run_more_windows_where_they_are_to_be_timed() -> None:
+    """Two timed steps have a median that one slow step moves; more than that is asked for, never less than was."""
+    assert windows_per_trial(ProbeOptions(target=8)) == 3
+    assert windows_per_trial(ProbeOptions(target=8, objective="throughput")) > 5
+    assert windows_per_trial(ProbeOptions(target=8, objective="throughput", min_windows=20)) == 20
+
+
 def test_a_size_that_fails_while_it_is_timed_lowers_the_answer() -> None:
     """No plan stands above a size that failed, also where that was found out by timing it."""
     trials = Trials(lambda window: max(window) <= 97 and max(window) != 32)
@@ -364,8 +431,14 @@ def test_a_size_that_fails_while_it_is_timed_lowers_the_answer() -> None:
     assert trained(report)
 
 
-def trial_of(window: Window, seconds: float | None) -> Trial:
-    return Trials(up_to(10**9), seconds=lambda _: seconds).run_trial(window, confirmation=False)
+def trial_of(window: Window, seconds: float | None, **times: float) -> Trial:
+    trial = Trials(up_to(10**9), seconds=lambda _: seconds).run_trial(window, confirmation=False)
+    return dataclasses.replace(trial, **times)
+
+
+def seconds_of(trial: Trial, options: ProbeOptions) -> float | None:
+    time = batch_time(trial, options)
+    return None if time is None else time.seconds
 
 
 def test_sizes_to_time_are_those_of_plans_down_to_a_quarter() -> None:
@@ -380,21 +453,89 @@ def test_sizes_to_time_are_those_of_plans_down_to_a_quarter() -> None:
 def test_time_counts_the_steps_of_the_plan() -> None:
     """Seconds for one micro-batch times the micro-batches of an effective batch; none where there is no such plan."""
     options = ProbeOptions(target=256)
-    assert seconds_per_batch(trial_of((64, 64), 2.0), options) == 4.0
-    assert seconds_per_batch(trial_of((256,), 3.0), options) == 3.0
-    assert seconds_per_batch(trial_of((97, 97), 2.0), options) is None
-    assert seconds_per_batch(trial_of((64, 64), None), options) is None
+    assert seconds_of(trial_of((64, 64), 2.0), options) == 4.0
+    assert seconds_of(trial_of((256,), 3.0), options) == 3.0
+    assert seconds_of(trial_of((97, 97), 2.0), options) is None
+    assert seconds_of(trial_of((64, 64), None), options) is None
+
+
+def test_the_end_of_a_step_counts_once_for_each_batch() -> None:
+    """Four micro-batches and one optimizer step, not two: what a trial of two micro-batches shows is parted."""
+    options = ProbeOptions(target=256)
+    trial = trial_of((64, 64), 2.0, seconds_per_step_end=0.5, seconds_per_step_deviation=0.1)
+    time = batch_time(trial, options)
+    assert time is not None
+    assert time.seconds == 2 * 1.5 + 0.5
+    assert time.noise_seconds == 0.2
+    assert seconds_of(trial_of((256,), 3.0, seconds_per_step_end=0.5), options) == 3.0
+
+
+def test_a_costly_step_favours_no_size() -> None:
+    """Per sample both sizes are as fast; with the optimizer's time in every window the smaller would seem slower."""
+    options = ProbeOptions(target=256)
+    large = trial_of((128, 128), 2 * 1.28 + 1.0, seconds_per_step_end=1.0)
+    small = trial_of((32, 32), 2 * 0.32 + 1.0, seconds_per_step_end=1.0)
+    assert seconds_of(large, options) == pytest.approx(seconds_of(small, options))
+
+
+def test_a_window_that_mixes_sizes_times_neither() -> None:
+    """The confirmation of a balanced plan comes after its sizes were compared, and must not change the reason given."""
+    options = ProbeOptions(target=256, split="balanced")
+    assert seconds_of(trial_of((85, 86), 2.0), options) is None
+    trials = [trial_of((86, 86), 2.0), trial_of((64, 64), 1.0), trial_of((85, 86), 99.0)]
+    assert choose_fastest(trials, options, 97) == 64
+    assert describe_times(trials, options, 64).endswith("64 is the fastest")
+    assert describe_times(trials[:1], options, 86) == ""
 
 
 def test_a_size_whose_plan_cannot_be_listed_has_no_time() -> None:
     """A thousand million samples one at a time is no plan, and no reason to break off."""
     options = ProbeOptions(target=10**9)
-    assert seconds_per_batch(trial_of((1, 1), 1.0), options) is None
+    assert seconds_of(trial_of((1, 1), 1.0), options) is None
 
 
 def test_without_times_the_largest_is_chosen() -> None:
     """Nothing is known to be faster."""
     assert choose_fastest([trial_of((64, 64), None)], ProbeOptions(target=256), 97) == 97
+
+
+# ---- leaks ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_grows_from_trial_to_trial_is_told() -> None:
+    """Both figures and what usually does it, once, in one line."""
+    trials = Trials(up_to(97), leaks_bytes=lambda _: 2 * MIB)
+    report = probe(trials, target=256)
+    later = len(report.trials) - 1
+    [told] = report.warnings
+    assert told.startswith("the job leaks memory: tensors held 50 MiB when the first trial began")
+    assert f"{50 + 2 * later} MiB when the last of {later + 1} did" in told
+    assert "\n" not in told
+
+
+def test_a_leak_that_leaves_no_room_for_any_size_is_the_jobs_failure() -> None:
+    """What fitted at first no longer does: that is not a card whose memory is not monotone."""
+    trials = Trials(lambda window: 1 < max(window) <= 97, leaks_bytes=lambda _: 30 * MIB)
+    with pytest.raises(WorkloadError, match=r"97 fitted, but 1 did not: the job leaks memory: tensors held 50 MiB"):
+        probe(trials, target=251)
+
+
+@pytest.mark.parametrize(
+    ("leaks_bytes", "left_bytes"),
+    [(lambda _size: 100, 1200), (lambda size: 300 * MIB if size == 8 else 0, 300 * MIB)],
+    ids=["next to nothing", "a cache made in the first trial"],
+)
+def test_a_cache_is_no_leak(leaks_bytes: Callable[[int], int], left_bytes: int) -> None:
+    """What is made once and stays is what training has too, and so is what is too little to matter."""
+    report = probe(Trials(up_to(97), leaks_bytes=leaks_bytes), target=256)
+    assert report.trials[-1].held_at_start_bytes - report.trials[0].held_at_start_bytes == left_bytes
+    assert report.warnings == ()
+
+
+def test_a_trial_that_ran_out_need_not_have_left_anything() -> None:
+    """It may have ended before its first loss was kept: the others tell."""
+    trials = Trials(up_to(97), leaks_bytes=lambda size: 2 * MIB if size <= 97 else 0)
+    assert "leaks memory" in probe(trials, target=256).warnings[0]
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

@@ -1,16 +1,23 @@
-"""What the README says of options and exit codes is what the code has."""
+"""What the README says of options, forms and exit codes is what the code has, and its programs run."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import autobatch
 from autobatch import errors
+from autobatch.cli.flags import default_text
+from autobatch.cli.settings import read_settings
 from autobatch.options import ProbeOptions
+from autobatch.present.formats import plan_as_environment
+
+if TYPE_CHECKING:
+    from conftest import ScriptRunner
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -20,9 +27,9 @@ def table_after(heading: str) -> list[list[str]]:
     lines = README[README.index(heading) :].splitlines()
     rows = []
     for line in lines[2:]:
-        if not line.startswith("|"):
+        if not line.strip().startswith("|"):
             break
-        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip(" |"))])
     return rows
 
 
@@ -37,12 +44,70 @@ def test_the_option_table_is_the_list_of_knobs():
     assert set(rows) - {"format"} == set(fields)
     for name, field in fields.items():
         if field.default not in {None, dataclasses.MISSING}:
-            documented = rows[name][2].strip("`")
-            assert (
-                documented == f"{field.default:g}"
-                if isinstance(field.default, float)
-                else documented == str(field.default)
-            )
+            assert rows[name][2].strip("`") == default_text(field)
+
+
+def test_the_memory_of_the_sample_adds_up():
+    """The lines from the card to the budget sum to it, as they are printed."""
+    lines = README[README.index("\nmemory\n") :].split("\n\n")[0].splitlines()[2:]
+    figures = {name: int(size.replace(",", "").replace("−", "-")) for name, size in _named_sizes(lines)}
+    del figures["CUDA context"]
+    budget = figures.pop("budget")
+    assert sum(figures.values()) == budget > 0
+    assert list(figures) == ["card", "kept by the driver", "other tenants", "headroom"]
+
+
+def _named_sizes(lines: list[str]) -> list[tuple[str, str]]:
+    return [match.groups() for line in lines if (match := re.match(r"(.+?) {2,}(\S+) MiB", line))]
+
+
+def test_every_variable_is_explained():
+    """What `--format env` sets is in the README's table, and nothing else is."""
+    named = {name for row in table_after("  | variable") for name in re.findall(r"AUTOBATCH_[A-Z_]+", row[0])}
+    lines = plan_as_environment(ProbeOptions(target=256).make_plan(97)).splitlines()
+    assert {re.search(r"AUTOBATCH_[A-Z_]+", line)[0] for line in lines} == named
+
+
+def test_the_sample_of_a_pyproject_is_read(tmp_path: Path):
+    """Each of its keys means something."""
+    path = tmp_path / "pyproject.toml"
+    path.write_text(block("toml", "[tool.autobatch]"))
+    settings = read_settings(path)
+    assert (settings.workload, settings.form, settings.verbose) == ("train_job.py:job", "json", True)
+    assert ProbeOptions(**settings.options).share == 64
+
+
+def block(language: str, start: str) -> str:
+    """The code block that begins so."""
+    return README[README.index(f"```{language}\n{start}") :].split("\n", maxsplit=1)[1].partition("```")[0]
+
+
+@pytest.fixture(scope="module")
+def own_words(scripts: ScriptRunner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the two programs of the README did, one after the other in one process on an emulated card."""
+    path = tmp_path_factory.mktemp("readme") / "both.py"
+    path.write_text(
+        block("python", "# train.py")
+        + f"\nexec({block('python', '# train_job.py')!r})\nown = job(width=64)\nown.micro_step(2)\n"
+        "import json\n"
+        "state = optimizer.state[next(model.parameters())]\n"
+        "print(json.dumps({'plan': [plan.effective_batch_size, sum(plan.micro_batch_sizes)],\n"
+        "    'epoch': scheduler.last_epoch, 'steps': float(state['step']), 'basis': report.basis,\n"
+        "    'gradients': all(p.grad is not None for g in own.optimizer.param_groups for p in g['params'])}))\n"
+    )
+    return scripts.run(path, ["RTX-3060-12GB"]).answer
+
+
+def test_the_library_example_trains(own_words: dict[str, Any]):
+    """It runs from its first line to its last: ten steps of the whole batch, and none of the probe's own is left."""
+    assert own_words["basis"] == "emulated"
+    assert own_words["plan"] == [256, 256]
+    assert own_words["epoch"] == own_words["steps"] == 10
+
+
+def test_the_job_example_makes_gradients(own_words: dict[str, Any]):
+    """The factory makes a job whose micro-step runs forward and backward."""
+    assert own_words["gradients"]
 
 
 def test_the_exit_code_table_has_every_code():

@@ -12,7 +12,7 @@ import torch
 from fakes import MIB, ScriptedMemory, out_of_memory, small_job
 
 from autobatch.errors import BusyError, UsageError, WorkloadError
-from autobatch.trial import Outcome
+from autobatch.trial import Outcome, Trial
 from autobatch.workload.job import TrainingJob
 from autobatch.workload.running import TrialRunner
 
@@ -136,10 +136,76 @@ def test_time_is_told_only_where_it_means_something(recorder: Recorder) -> None:
     timed, untimed = runner(recorder)((1,)), runner(recorder, timed=False)((1,))
     assert timed.seconds_per_step is not None
     assert timed.seconds_per_step > 0
-    assert untimed.seconds_per_step is None
+    assert not untimed.is_timed
     recorder.at[9] = raises(out_of_memory())
     failed = runner(recorder)((1,))
-    assert (failed.steps, failed.seconds_per_step) == (2, None)
+    assert (failed.steps, failed.is_timed) == (2, False)
+
+
+class ScriptedClock:
+    """A clock that stands still but for what a job says that it takes."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def timed_trial(micro_batches: list[float], ends: list[float], *, window: tuple[int, ...] = (4, 4)) -> Trial:
+    """A trial whose windows take these seconds: for all their micro-batches together, and for their ends."""
+    clock, memory = ScriptedClock(), ScriptedMemory()
+    each = iter([seconds / len(window) for seconds in micro_batches for _ in window])
+    at_end = iter(ends)
+    job = small_job(lambda _n: clock.passes(next(each)))
+    job.optimizers()[0].register_step_pre_hook(lambda *_: clock.passes(next(at_end)))
+    return TrialRunner(lambda: job, memory, min_windows=len(ends), clock=clock)(window)
+
+
+def test_the_time_of_a_step_is_the_median_of_all_but_the_first_and_its_spread_is_told() -> None:
+    """The first window loads kernels, and one slow window among five moves neither the median nor the deviation much."""
+    trial = timed_trial([90.0, 2.0, 2.2, 2.4, 9.0, 2.1], [0.5] * 6)
+    assert trial.timed_steps == 5
+    assert trial.seconds_per_step == pytest.approx(2.7)
+    assert trial.seconds_per_step_deviation == pytest.approx(0.2)
+
+
+def test_the_end_of_a_window_is_timed_apart_from_its_micro_batches() -> None:
+    """Clipping and the optimizer come once for each step, however many micro-batches it has."""
+    trial = timed_trial([9.0, 2.0, 2.0, 2.0], [7.0, 0.5, 0.6, 0.7])
+    assert trial.seconds_per_step == pytest.approx(2.6)
+    assert trial.seconds_per_step_end == pytest.approx(0.6)
+    alone = timed_trial([9.0, 1.0, 1.0, 1.0], [7.0, 0.5, 0.6, 0.7], window=(4,))
+    assert alone.seconds_per_step_end == trial.seconds_per_step_end
+
+
+def test_a_window_whose_step_was_skipped_is_not_timed(memory: ScriptedMemory) -> None:
+    """A scaler that looks for its scale skips steps: their windows are shorter than any of training."""
+    clock = ScriptedClock()
+    model, finite = torch.nn.Linear(2, 1, bias=False), iter([False, False, True, False, True, True])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def micro_step(_n: int) -> None:
+        steps = next(finite)
+        clock.passes(3.0 if steps else 0.1)
+        loss = model(torch.ones(1, 2)).sum()
+        scaler.scale(loss if steps else loss * float("inf")).backward()
+
+    job = TrainingJob(micro_step=micro_step, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    trial = TrialRunner(lambda: job, memory, clock=clock)((1,))
+    assert (trial.steps, trial.timed_steps) == (3, 2)
+    assert trial.seconds_per_step == pytest.approx(3.0)
+
+
+def test_what_tensors_hold_when_a_trial_begins_is_told(recorder: Recorder) -> None:
+    """Read before the job is made: what earlier trials left behind, and the caller's own."""
+    held = iter([5, 40, 40, 40, 7, 50, 50, 50])
+    recorder.memory.held_bytes = lambda: next(held)
+    run = runner(recorder)
+    assert [run((1,)).held_at_start_bytes for _ in range(2)] == [5, 7]
 
 
 def test_a_confirmation_is_marked(recorder: Recorder) -> None:
@@ -240,6 +306,12 @@ def test_a_job_that_skips_the_batch_that_ran_out_is_out_of_memory(memory: Script
     job = TrainingJob(micro_step=micro_step, optimizer=torch.optim.SGD([weight], lr=0.1))
     assert TrialRunner(lambda: job, memory)((10, 10)).fits
     assert TrialRunner(lambda: job, memory)((901, 901)).outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_a_job_that_resets_the_allocators_counts_has_not_run_out(recorder: Recorder) -> None:
+    """They then stand below what they were when the trial began, as after an earlier trial that did run out."""
+    recorder.at[2] = lambda: setattr(recorder.memory, "ooms", -1)
+    assert runner(recorder)((1,)).fits
 
 
 def test_an_error_after_a_swallowed_out_of_memory_error_is_out_of_memory(recorder: Recorder) -> None:
@@ -370,6 +442,13 @@ def test_another_error_is_the_jobs_own(recorder: Recorder) -> None:
     assert recorder.memory.calls[-1] == "end"
 
 
+def test_an_error_that_says_nothing_is_named_by_its_type(recorder: Recorder) -> None:
+    """A bare `assert` has no message, and none is pretended."""
+    recorder.at[1] = raises(AssertionError())
+    with pytest.raises(WorkloadError, match=r"not for want of memory: AssertionError$"):
+        runner(recorder)((7, 7))
+
+
 @pytest.mark.parametrize(
     ("error", "limit"),
     [
@@ -452,6 +531,15 @@ def test_peers_defect_9_a_trial_that_runs_no_step_is_an_error(memory: ScriptedMe
     with pytest.raises(WorkloadError, match=r"end_window must call optimizer\.step\(\)"):
         TrialRunner(lambda: job, memory)((1,))
     assert (seen, memory.ended) == ([1], 1)
+
+
+@pytest.mark.parametrize("window", [(1,), (1, 1)])
+def test_a_micro_step_that_steps_the_optimizer_is_an_error(memory: ScriptedMemory, window: tuple[int, ...]) -> None:
+    """Its gradients never accumulate: a trial of it says nothing of training that does."""
+    job = small_job(lambda _: optimizer.step())
+    [optimizer] = job.optimizers()
+    with pytest.raises(WorkloadError, match=r"micro_step stepped the optimizer: .*end_window"):
+        TrialRunner(lambda: job, memory)(window)
 
 
 def test_peers_defect_9_steps_are_counted_and_not_assumed(memory: ScriptedMemory) -> None:

@@ -25,6 +25,8 @@ exit codes: 0 fits; 2 usage; 3 does not fit even at the smallest size; 4 the tra
 130 interrupted; 143 terminated"""
 
 
+# Of 1 for equal words: `headrom`, `micro-batch` and `dev` are near a flag, `foo` is near none.
+_NEAR = 0.65
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,8 +96,12 @@ def _run(arguments: list[str]) -> int:
 def _nearest_flag(parser: Parser, word: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(word.partition("=")[0], parser.flags(), n=1)
-    return f": did you mean {near[0]}?" if near and word.startswith("-") else ""
+    if not word.startswith("-"):
+        return ""
+    # Without their dashes, which every flag has: --foo is not like --format.
+    flags = {flag.lstrip("-"): flag for flag in parser.flags()}
+    near = difflib.get_close_matches(word.partition("=")[0].lstrip("-"), flags, n=1, cutoff=_NEAR)
+    return f": did you mean {flags[near[0]]}?" if near else ""
 
 
 def _hold_standard_streams() -> None:

@@ -60,10 +60,12 @@ def run_gpus(parsed: argparse.Namespace) -> int:
 
 
 def _card_form(card: Card) -> dict[str, object]:
+    from autobatch.gpu.catalogue import working_aliases
+
     return {
         "name": card.name,
         "nvml_name": card.nvml_name,
-        "aliases": list(card.aliases),
+        "aliases": list(working_aliases(card)),
         "nvml_total_bytes": card.nvml_total_bytes,
         "cuda_total_bytes": card.cuda_total_bytes,
         "compute_capability": "{}.{}".format(*card.compute_capability),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import UsageError
 from autobatch.options import ProbeOptions
+from autobatch.present.formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["add_option_flags", "flag_of", "options_from"]
+__all__ = ["add_format_flag", "add_option_flags", "default_text", "flag_of", "options_from"]
 
 _UNSET = argparse.SUPPRESS
 
@@ -22,26 +23,53 @@ def flag_of(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """Write a field's default as a person would: `0%`, `600 s`; empty where it has none."""
+    default = field.default
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    if isinstance(default, float):
+        return f"{default:g} s" if field.metadata["form"] == "SECONDS" else f"{default * 100:g}%"
+    return str(default)
+
+
+def add_option_flags(
+    parser: argparse.ArgumentParser,
+    names: Iterable[str] | None = None,
+    *,
+    help_texts: Mapping[str, str] | None = None,
+) -> None:
     """Add a flag for each field of `ProbeOptions`, or for those named.
 
     Flags that are not given leave no attribute, so that a file's settings show through.
+
+    Args:
+        parser: what they are added to.
+        names: the fields; None for all.
+        help_texts: what a field means to this command, where that is not what it means to a probe.
     """
     wanted = None if names is None else set(names)
     for field in dataclasses.fields(ProbeOptions):
         if wanted is not None and field.name not in wanted:
             continue
         knob = field.metadata
-        default = "" if field.default in {None, dataclasses.MISSING} else f" (default {field.default})"
+        text = (help_texts or {}).get(field.name, knob["help"])
+        default = default_text(field)
         parser.add_argument(
             flag_of(field.name),
             dest=field.name,
             type=_reader(str(field.type)),
             choices=knob["choices"] or None,
-            metavar=None if knob["choices"] else knob["form"].replace("%", "%%"),
+            metavar=None if knob["choices"] else knob["form"],
             default=_UNSET,
-            help=knob["help"].replace("%", "%%") + default.replace("%", "%%"),
+            # Help is a %-format, in which %(prog)s may stand; the name of a value is not.
+            help=(f"{text} (default {default})" if default else text).replace("%", "%%"),
         )
+
+
+def add_format_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--format`, which a file's setting shows through where it is not given."""
+    parser.add_argument("--format", choices=FORMATS, default=_UNSET, help="how the plan is printed (default table)")
 
 
 def options_from(parsed: argparse.Namespace, settings: Mapping[str, object]) -> ProbeOptions:

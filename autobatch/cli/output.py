@@ -8,12 +8,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import AutobatchError
-from autobatch.present.formats import plan_as_arguments, plan_as_environment
+from autobatch.present.formats import plan_as_arguments, plan_as_environment, sizes_note
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console, RenderableType
 
     from autobatch.plan import Plan
+    from autobatch.report import Basis
 
 __all__ = ["error_console", "say", "silence_output", "write_json", "write_plan", "write_text", "write_view"]
 
@@ -60,9 +63,23 @@ def write_json(content: object) -> None:
     write_text(json.dumps(content, indent=2))
 
 
-def write_plan(plan: Plan, form: str) -> None:
-    """Write a plan in the form `env` or `args`; raises as `write_text` does."""
-    write_text(plan_as_environment(plan) if form == "env" else plan_as_arguments(plan))
+def write_plan(plan: Plan, form: str, *, basis: Basis | None = None, notes: Sequence[str] = ()) -> None:
+    """Write a plan in the form `env` or `args`, and on standard error what that form has no place for.
+
+    Args:
+        plan: the plan.
+        form: `env` or `args`.
+        basis: where its maximum comes from; None where nobody measured it.
+        notes: what the reader should know, one line each.
+
+    Raises:
+        PlanError: the plan cannot be written in this form.
+        BrokenPipeError, AutobatchError: as `write_text`.
+    """
+    write_text(plan_as_environment(plan, basis=basis) if form == "env" else plan_as_arguments(plan))
+    sizes = sizes_note(plan) if form == "env" else ""
+    for note in (*([sizes] if sizes else []), *notes):
+        say(f"note: {note}")
 
 
 def write_view(view: RenderableType) -> None:

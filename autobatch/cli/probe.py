@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.flags import add_option_flags, options_from
+from autobatch.cli.flags import add_format_flag, add_option_flags, options_from
 from autobatch.cli.output import error_console, say, write_plan, write_text, write_view
-from autobatch.errors import NoGpuError, UsageError
-from autobatch.present.formats import FORMATS
+from autobatch.cli.settings import read_settings
+from autobatch.errors import NoGpuError, PlanError, UsageError
+from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from autobatch.emulator.machine import EmulatedMachine
     from autobatch.options import ProbeOptions
+    from autobatch.plan import Plan
     from autobatch.report import Report
 
 __all__ = ["DEFAULT_CARD", "DEFAULT_WORKLOAD", "add_commands"]
@@ -30,7 +32,7 @@ DEFAULT_CARD = "A100-SXM4-40GB"
 _DESCRIPTION = """\
 Find the largest micro-batch that trains, and print the plan that hits the target. WORKLOAD is a built-in (gpt2,
 resnet50, vit), module:factory or path/to/file.py:factory, with parameters as gpt2?seq_len=512&layers=24; without one, the
-workload in [tool.autobatch] of ./pyproject.toml, else gpt2."""
+workload in [tool.autobatch] of ./pyproject.toml, else gpt2. Every option can stand in that table too; a flag wins."""
 
 
 def add_commands(commands: Any) -> None:
@@ -40,8 +42,13 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("workload", nargs="?", metavar="WORKLOAD", help="the training job")
     add_option_flags(parser)
-    parser.add_argument("--format", choices=FORMATS, default="table", help="how the plan is printed (default table)")
-    parser.add_argument("--verbose", action="store_true", help="show what the training job prints, and tracebacks")
+    add_format_flag(parser)
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,  # so that a file's setting shows through
+        help="show what the training job prints, and tracebacks",
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,15 +60,19 @@ def run(parsed: argparse.Namespace) -> int:
 
     if parsed.command is not None:
         raise UsageError("a training command after -- is not supported yet: name a workload, such as train.py:job")
-    settings = _read_settings(Path("pyproject.toml"))
-    workload = str(parsed.workload or settings.get("workload") or DEFAULT_WORKLOAD)
-    asked = options_from(parsed, settings)
+    settings = read_settings(Path("pyproject.toml"))
+    workload = parsed.workload or settings.workload or DEFAULT_WORKLOAD
+    form = getattr(parsed, "format", None) or settings.form or "table"
+    # Kept where what shows errors finds it too.
+    parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
+    asked = options_from(parsed, settings.options)
     _check_workload(workload)
     # Before the first trial, and before torch is imported: whether the target can be hit at all.
     asked.make_plan(asked.ceiling)
+    check_form(asked, form)
     options = _choose_card(
         asked,
-        may_emulate=not hasattr(parsed, "device") and "device" not in settings and parsed.format in {"table", "json"},
+        may_emulate=not hasattr(parsed, "device") and "device" not in settings.options and form in {"table", "json"},
     )
     _check_card(options)
 
@@ -78,7 +89,7 @@ def run(parsed: argparse.Namespace) -> int:
             )
         )
         report = conduct_probe(trials, options, workload=workload, progress=progress)
-    _print(report, parsed.format)
+    _print(report, form)
     if report.plan is None:
         raise nothing_fits(report)
     return 0
@@ -88,39 +99,6 @@ def _check_workload(workload: str) -> None:
     from autobatch.workload.loader import WorkloadName
 
     WorkloadName.parse(workload)
-
-
-def _read_settings(path: Path) -> Mapping[str, object]:
-    """The `[tool.autobatch]` table of a pyproject.toml; empty where there is none."""
-    import dataclasses
-    import tomllib
-
-    from autobatch.options import ProbeOptions
-
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UsageError("the current folder is gone: change to one that is there") from None
-    if not path.is_file():
-        return {}
-    try:
-        tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    table = tools.get("autobatch", {}) if isinstance(tools, dict) else {}
-    if not isinstance(table, dict):
-        raise UsageError(
-            f"{path}: tool.autobatch is {table!r}: write a table, [tool.autobatch], with target = 256 in it"
-        )
-    settings = {str(key).replace("-", "_"): value for key, value in table.items()}
-    known = {"workload", *(field.name for field in dataclasses.fields(ProbeOptions))}
-    if unknown := sorted(set(settings) - known):
-        raise UsageError(f"[tool.autobatch] of {path} has {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
-    if not isinstance(settings.get("workload", ""), str):
-        raise UsageError(
-            f"[tool.autobatch] of {path}: workload is {settings['workload']!r}: write a name, such as 'gpt2'"
-        )
-    return settings
 
 
 def _choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:
@@ -182,4 +160,17 @@ def _print(report: Report, form: str) -> None:
 
         write_view(report_view(report))
     elif report.plan is not None:
-        write_plan(report.plan, form)
+        notes = [*report.warnings, *([f"emulated: {report.expected_error}"] if report.basis == "emulated" else [])]
+        try:
+            write_plan(report.plan, form, basis=report.basis, notes=notes)
+        except PlanError as error:
+            raise PlanError(f"{error}; without a new probe: {_plan_command(report.plan, report.options)}") from None
+
+
+def _plan_command(plan: Plan, options: ProbeOptions) -> str:
+    """The command that prints this plan again: its largest size gives the same steps as the largest that fitted."""
+    # Also what is the default: a pyproject.toml here may say something else.
+    return (
+        f"autobatch plan --target {plan.target} --max-micro-batch {plan.micro_batch_size} --split {plan.split} "
+        f"--world-size {plan.world_size} --multiple-of {options.multiple_of} --format json"
+    )

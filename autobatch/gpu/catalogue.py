@@ -16,7 +16,7 @@ from autobatch.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Card", "find_card", "load_catalogue"]
+__all__ = ["Card", "find_card", "load_catalogue", "working_aliases"]
 
 _MIB = 1 << 20
 _SEPARATORS = re.compile(r"[\s_-]+")
@@ -144,6 +144,17 @@ def find_card(name: str) -> Card:
         f"GPU {name!r} cannot be emulated, the nearest known is {hint}: "
         f"`autobatch gpus` lists all {len(load_catalogue())}"
     )
+
+
+def working_aliases(card: Card) -> tuple[str, ...]:
+    """List the aliases by which `find_card` finds this card: not those that it refuses as ambiguous.
+
+    Example:
+        >>> working_aliases(find_card("A100-SXM4-40GB"))
+        ('A100-40GB', 'A100-SXM-40GB')
+    """
+    index = _index()
+    return tuple(alias for alias in card.aliases if index[_key(alias)] == (card,))
 
 
 def _key(name: str) -> str:

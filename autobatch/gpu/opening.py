@@ -157,8 +157,8 @@ def _start_cuda(ordinal: int) -> tuple[str, str | None]:
     if ordinal >= count:
         known = f"this process sees {count} (cuda:0 to cuda:{count - 1})" if count else "this process sees none"
         raise NoGpuError(f"there is no cuda:{ordinal}: {known}; look at CUDA_VISIBLE_DEVICES, or {_WAYS_OUT}")
-    check_architecture(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(ordinal), torch.__version__)
-    return torch.__version__, torch.version.cuda
+    check_architecture(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(ordinal), str(torch.__version__))
+    return str(torch.__version__), torch.version.cuda
 
 
 def check_architecture(built_for: Sequence[str], capability: tuple[int, int], version: str) -> None:

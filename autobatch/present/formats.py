@@ -5,28 +5,112 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from autobatch.plan import Plan
+from autobatch.errors import PlanError
 
-__all__ = ["FORMATS", "plan_as_arguments", "plan_as_environment"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autobatch.options import ProbeOptions
+    from autobatch.plan import Plan
+    from autobatch.report import Basis
+
+__all__ = ["FORMATS", "check_form", "plan_as_arguments", "plan_as_environment", "sizes_note"]
 
 FORMATS = ("table", "json", "env", "args")
 """What `--format` takes: `env` for `eval "$(…)"`, `args` for a command line."""
 
+# Linux starts no program whose environment has a longer `NAME=value` (MAX_ARG_STRLEN, 32 pages, its closing 0 included;
+# include/uapi/linux/binfmts.h): after such an `eval` every command would fail.
+_LONGEST_VARIABLE = 32 * 4096 - 1
 
-def plan_as_environment(plan: Plan) -> str:
-    """Write the plan as `export NAME=value` lines that a shell may evaluate."""
+
+def plan_as_environment(plan: Plan, *, basis: Basis | None = None) -> str:
+    """Write the plan as lines that a shell may evaluate: `export NAME=value`, or `unset NAME`.
+
+    What one number or one list cannot say truly is unset rather than rounded: AUTOBATCH_MICRO_BATCH_SIZE where sizes
+    differ, AUTOBATCH_MICRO_BATCH_SIZES where they differ between ranks. Every name is set or unset, so that none is
+    left from a plan before.
+
+    Args:
+        plan: the plan.
+        basis: where its maximum comes from; None where nobody measured it.
+
+    Raises:
+        PlanError: a list of sizes is longer than Linux passes on to a program.
+    """
+    ranks = plan.rank_micro_batch_sizes
     values = {
+        "AUTOBATCH_BASIS": basis,
         "AUTOBATCH_TARGET": plan.target,
         "AUTOBATCH_WORLD_SIZE": plan.world_size,
-        "AUTOBATCH_MICRO_BATCH_SIZE": plan.micro_batch_size,
-        "AUTOBATCH_ACCUMULATION_STEPS": plan.accumulation_steps,
         "AUTOBATCH_EFFECTIVE_BATCH_SIZE": plan.effective_batch_size,
-        "AUTOBATCH_MICRO_BATCH_SIZES": ",".join(map(str, plan.micro_batch_sizes)),
+        "AUTOBATCH_EXACT": int(plan.exact),
+        "AUTOBATCH_ACCUMULATION_STEPS": plan.accumulation_steps,
+        "AUTOBATCH_MICRO_BATCH_SIZE": plan.micro_batch_size if len(plan.sizes) == 1 else None,
+        "AUTOBATCH_MICRO_BATCH_SIZES": _listing(plan.micro_batch_sizes) if ranks is None else None,
+        "AUTOBATCH_RANK_MICRO_BATCH_SIZES": None if ranks is None else ";".join(map(_listing, ranks)),
     }
-    return "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items())
+    return "\n".join(_line(name, value) for name, value in values.items())
+
+
+def _line(name: str, value: object) -> str:
+    if value is None:
+        return f"unset {name}"
+    length = len(f"{name}={value}")
+    if length > _LONGEST_VARIABLE:
+        raise PlanError(
+            f"{name} would have {length} characters, above the {_LONGEST_VARIABLE} that Linux passes on to a program: "
+            "take --format json"
+        )
+    return f"export {name}={shlex.quote(str(value))}"
+
+
+def _listing(sizes: Sequence[int]) -> str:
+    return ",".join(map(str, sizes))
 
 
 def plan_as_arguments(plan: Plan) -> str:
-    """Write the plan as the two flags that most training scripts have in some form."""
-    return f"--micro-batch-size {plan.micro_batch_size} --accumulation-steps {plan.accumulation_steps}"
+    """Write the plan as the two flags that most training scripts have in some form.
+
+    Raises:
+        PlanError: the plan mixes sizes, of which one flag names one.
+    """
+    if len(plan.sizes) == 1:
+        return f"--micro-batch-size {plan.micro_batch_size} --accumulation-steps {plan.accumulation_steps}"
+    # Balanced sizes are one `multiple_of` apart; an even plan needs it and the ranks to divide the target.
+    has_even_plan = plan.target % (plan.world_size * (plan.sizes[0] - plan.sizes[-1])) == 0
+    even = "--split even for one size, or " if has_even_plan else ""
+    raise PlanError(
+        f"the plan mixes micro-batches of {_sizes_text(plan)}, of which --format args can name one only: "
+        f"take {even}--format env or json for all of them"
+    )
+
+
+def check_form(options: ProbeOptions, form: str) -> None:
+    """Refuse, before a probe, a form in which none of its plans could be written.
+
+    Raises:
+        PlanError: the form is `args`, and every plan of these options mixes sizes.
+    """
+    if form == "args" and not options.can_be_one_size:
+        times = f" × multiple_of {options.multiple_of}" if options.multiple_of > 1 else ""
+        raise PlanError(
+            f"target {options.target} is not divisible by world_size {options.world_size}{times}: under --split "
+            f"{options.split} the ranks' sizes differ, of which --format args can name one only; take --format env or "
+            "json, or --split even with a --tolerance"
+        )
+
+
+def sizes_note(plan: Plan) -> str:
+    """Say which variables hold the sizes of a plan that mixes them; empty where one number does."""
+    if len(plan.sizes) == 1:
+        return ""
+    where = "AUTOBATCH_MICRO_BATCH_SIZES" if plan.rank_micro_batch_sizes is None else "AUTOBATCH_RANK_MICRO_BATCH_SIZES"
+    return (
+        f"AUTOBATCH_MICRO_BATCH_SIZE is unset, since the plan mixes micro-batches of {_sizes_text(plan)}: "
+        f"{where} lists them"
+    )
+
+
+def _sizes_text(plan: Plan) -> str:
+    return " and ".join(map(str, plan.sizes))

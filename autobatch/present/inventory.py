@@ -37,6 +37,8 @@ def _catalogue_table(cards: Sequence[Card]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from autobatch.gpu.catalogue import working_aliases
+
     table = Table(
         title="can be emulated (--emulate NAME)", title_justify="left", title_style="bold", box=None, pad_edge=False
     )
@@ -51,7 +53,7 @@ def _catalogue_table(cards: Sequence[Card]) -> Table:
             format_bytes(card.cuda_total_bytes),
             "{}.{}".format(*card.compute_capability),
             str(card.sm_count),
-            Text(", ".join(card.aliases)),
+            Text(", ".join(working_aliases(card))),
         )
     return table
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from autobatch.present.budget import budget_lines
 from autobatch.trial import Outcome
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -29,6 +30,7 @@ OUTCOME_WORDS = {
 """What people read for each outcome, and its colour; the words tell them apart without it."""
 
 _MOST_RUNS = 6
+_MOST_RANK_LINES = 8
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -49,7 +51,9 @@ def report_view(report: Report) -> RenderableType:
         parts.append(Text("does not fit: not even the smallest size ran within the budget", style="bold red"))
     else:
         parts.append(_plan_table(report.plan))
-    parts += [Text(), _found_table(report), Text(), trials_table(report.trials, report.memory.budget_bytes)]
+    if report.max_micro_batch_size is not None:
+        parts += [Text(), _found_table(report.max_micro_batch_size, report)]
+    parts += [Text(), _memory_table(report), Text(), trials_table(report.trials, report.memory.budget_bytes)]
     notes = _notes(report.warnings)
     if report.basis == "emulated":
         left_out = "; ".join(report.not_modelled)
@@ -92,24 +96,31 @@ def _plan_table(plan: Plan) -> Table:
     table = _figures("plan")
     unit = "samples per optimizer step" + (f" over {plan.world_size} ranks" if plan.world_size > 1 else "")
     table.add_row("target", f"{plan.target}", unit)
-    table.add_row("micro-batch size", f"{plan.micro_batch_size}", "samples in one forward and backward")
+    plural = "s" if len(plan.sizes) > 1 else ""
+    # Not the largest alone: times the steps it would be more than the plan takes.
+    sizes = ", ".join(map(str, plan.sizes))
+    table.add_row(f"micro-batch size{plural}", sizes, "samples in one forward and backward")
     table.add_row("accumulation steps", f"{plan.accumulation_steps}", "micro-batches per optimizer step on each rank")
     table.add_row("effective batch size", f"{plan.effective_batch_size}", _how(plan))
+    for name, sizes_of_ranks in _rank_lines(plan):
+        table.add_row(name, "", sizes_of_ranks)
     return table
 
 
-def _found_table(report: Report) -> Table:
+def _found_table(largest: int, report: Report) -> Table:
     table = _figures("measurement")
-    if report.max_micro_batch_size is not None:
-        table.add_row("largest micro-batch", f"{report.max_micro_batch_size}", _certificate(report))
-    memory, device = report.memory, report.device
-    others = "unknown" if memory.other_tenants_bytes is None else format_bytes(memory.other_tenants_bytes)
-    left = f"after headroom {format_bytes(memory.headroom_bytes)}, other tenants {others}"
-    limit = report.options.memory_limit_bytes
-    table.add_row(
-        "budget", format_bytes(memory.budget_bytes), left + ("" if limit is None else f", limit {format_bytes(limit)}")
-    )
-    table.add_row("card", format_bytes(device.total_bytes), f"compute capability {device.compute_capability}")
+    table.add_row("largest micro-batch", f"{largest}", _certificate(report))
+    return table
+
+
+def _memory_table(report: Report) -> Table:
+    table = _figures("memory")
+    for line in budget_lines(report):
+        sign = "−" if line.mebibytes < 0 else ""
+        table.add_row(line.name, f"{sign}{abs(line.mebibytes):,} MiB", line.note)
+    context = report.memory.context_bytes
+    if context is not None:
+        table.add_row("CUDA context", f"{round(context / (1 << 20)):,} MiB", "of the budget, beside torch's allocator")
     return table
 
 
@@ -124,17 +135,32 @@ def _certificate(report: Report) -> str:
 
 
 def _how(plan: Plan) -> str:
-    runs = [f"{len(list(group))} × {size}" for size, group in itertools.groupby(plan.micro_batch_sizes)]
-    if len(runs) > _MOST_RUNS:
-        runs = [*runs[: _MOST_RUNS - 1], "…"]
-    ranks = (
-        ""
-        if plan.world_size == 1
-        else f" × {plan.world_size} ranks"
-        if plan.rank_micro_batch_sizes is None
-        else " on rank 0"
-    )
-    return f"{' + '.join(runs)}{ranks}, {'exact' if plan.exact else 'not exact'}"
+    exact = "exact" if plan.exact else "not exact"
+    if plan.rank_micro_batch_sizes is not None:
+        return f"over {plan.world_size} ranks that differ, {exact}"
+    runs = _runs_text(plan.micro_batch_sizes)
+    if plan.world_size > 1:
+        runs = f"({runs})" if "+" in runs else runs
+        runs += f" × {plan.world_size} ranks"
+    return f"{runs}, {exact}"
+
+
+def _runs_text(sizes: Sequence[int]) -> str:
+    runs = [f"{len(list(group))} × {size}" for size, group in itertools.groupby(sizes)]
+    return " + ".join(runs if len(runs) <= _MOST_RUNS else [*runs[: _MOST_RUNS - 1], "…"])
+
+
+def _rank_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Name the ranks that take the same sizes, and those sizes; nothing where all ranks do."""
+    first = 0
+    for number, (sizes, group) in enumerate(itertools.groupby(plan.rank_micro_batch_sizes or ())):
+        if number == _MOST_RANK_LINES:
+            yield "…", "--format json lists every rank"
+            return
+        after = first + len(list(group))
+        name = f"rank {first}" if after == first + 1 else f"ranks {first} to {after - 1}"
+        yield f"  {name}", f"{_runs_text(sizes)} = {sum(sizes)}{' each' if after > first + 1 else ''}"
+        first = after
 
 
 def _notes(warnings: Sequence[str]) -> list[RenderableType]:
@@ -149,6 +175,6 @@ def _figures(title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
     # As wide as the longest name in either table, so that the figures of both stand in one column.
     table.add_column(style="cyan", no_wrap=True, min_width=20)
-    table.add_column(justify="right", style="bold", no_wrap=True, min_width=9)
+    table.add_column(justify="right", style="bold", no_wrap=True, min_width=10)
     table.add_column(style="dim")
     return table

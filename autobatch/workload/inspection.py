@@ -28,8 +28,17 @@ _BY_NAME = frozenset(
         "unique_dim_consecutive",
         "repeat_interleave",
         "bincount",
+        # As many entries as there are values other than zero, which torch reads back; none carries the tag.
+        "_to_sparse",
+        "_to_sparse_csr",
+        "_to_sparse_csc",
+        "_to_sparse_bsr",
+        "_to_sparse_bsc",
+        "_coalesce",
     }
 )
+# A tensor indexed by a mask takes its shape from the mask's values; indexed by numbers, from the number of them.
+_INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +102,10 @@ def _reads_shape(name: str, func: Any, args: Any) -> str:
     on_device = [value for value in _tensors(args) if value.is_cuda]
     if not on_device:
         return ""
+    if name in _INDEXING:  # tagged as dynamic, which they are under a mask alone
+        return "boolean index" if _has_mask(args) else ""
     if name in _BY_NAME or torch.Tag.dynamic_output_shape in func.tags:
-        return "" if name.startswith("index") and not _has_mask(args) else name
-    if name in {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"} and _has_mask(args):
-        return "boolean index"
+        return name
     whole = on_device[0].dtype in {torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool}
     if name == "_local_scalar_dense" and whole:
         return "item"

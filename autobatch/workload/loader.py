@@ -113,9 +113,9 @@ def load_factory(name: WorkloadName) -> Callable[..., object]:
         functions = [
             key
             for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
         ]
-        known = f"it has {', '.join(functions)}" if functions else "it has no functions"
+        known = f"it has {', '.join(functions)}" if functions else "it has no public functions"
         raise UsageError(f"{name.target} has no function {name.factory!r}: {known}")
     return factory  # type: ignore[no-any-return]  # callable() says no more than that it can be called
 
@@ -191,7 +191,7 @@ def _check_parameters(name: WorkloadName, factory: Callable[..., object]) -> Non
 
 def _failed(what: str, error: BaseException) -> WorkloadError:
     return WorkloadError(
-        f"{what} failed: {type(error).__name__}: {_first_line(error)}",
+        f"{what} failed: {type(error).__name__}: {_first_line(error)}".removesuffix(": "),
         traceback_text="".join(traceback.format_exception(error)),
     )
 

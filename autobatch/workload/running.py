@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autobatch.errors import AutobatchError, BusyError, WorkloadError
 from autobatch.gpu.oom import FailureKind, Verdict, classify, requested_bytes
 from autobatch.trial import Outcome, Trial
 from autobatch.units import format_bytes
+from autobatch.workload.timing import StepTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,10 +34,11 @@ class _Progress:
 
     steps: int = 0
     windows: int = 0
+    held_at_start_bytes: int = 0
     held_bytes: int = 0
     gradient_bytes: int = 0
     retries_at_second: int = 0
-    seconds: list[float] | None = None
+    times: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class TrialRunner:
         min_windows: int = 3,
         timed: bool = True,
         after_trial: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Prepare to run trials.
 
@@ -83,12 +85,14 @@ class TrialRunner:
             min_windows: windows of each trial, at least 3.
             timed: whether seconds mean anything here; they do not on an emulated card.
             after_trial: puts the caller's state back, where the job is the caller's own.
+            clock: gives seconds since some moment.
         """
         self._make_job = make_job
         self._memory = memory
         self._min_windows = max(3, min_windows)
         self._timed = timed
         self._after_trial = after_trial
+        self._clock = clock
         self._smallest_run: int | None = None
 
     def __call__(self, window: Sequence[int], *, confirmation: bool = False) -> Trial:
@@ -113,13 +117,14 @@ class TrialRunner:
         )
 
     def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
-        progress = _Progress(seconds=[])
+        progress = _Progress()
         with contextlib.ExitStack() as afterwards:
             # Last in, first out: the memory is let go before the caller's state is put back, which may need some.
             if self._after_trial is not None:
                 afterwards.callback(self._after_trial)
             afterwards.callback(self._memory.end)
             self._memory.begin()
+            progress.held_at_start_bytes = self._memory.allocated_bytes()
             failure = self._run_guarded(window, progress)
             # Outside the handler: the exception, and with it the frames that hold the tensors, is gone.
             if failure is not None and failure.is_final:
@@ -146,7 +151,7 @@ class TrialRunner:
     def _explain_failure(self, error: Exception, size: int) -> _Failure:
         smaller_ran = self._smallest_run is not None and self._smallest_run < size
         verdict = classify(error, device_nearly_full=self._memory.is_nearly_full(), smaller_size_ran=smaller_ran)
-        text = f"{type(error).__name__}: {_first_line(error)}"
+        text = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")  # a bare `assert` says nothing
         return _Failure(
             message=_describe(size, verdict, text),
             traceback_text="".join(traceback.format_exception(error)),
@@ -170,12 +175,7 @@ class TrialRunner:
                         f"{progress.steps} of {progress.windows} windows ended in an optimizer step, {self._min_windows} are "
                         "needed: is the loss finite, and does end_window step the optimizer?"
                     )
-                self._run_window(job, window, progress)
-                _check_gradients(job, progress)
-                started = time.perf_counter()
-                _end_window(job)
-                _wait_for_device()
-                progress.windows += 1
+                seconds = self._run_window(job, window, progress, counter)
                 # A window is one step, however often an optimizer steps at its end.
                 stepped, counted = counter.steps > counted, counter.steps
                 first_step = stepped and progress.steps == 0
@@ -185,20 +185,35 @@ class TrialRunner:
                         "the window ended without an optimizer step: end_window must call optimizer.step(); where a "
                         "GradScaler skips it, pass the scaler"
                     )
-                self._note_window(progress, time.perf_counter() - started, first_step=first_step)
+                if stepped:
+                    progress.times.add(*seconds)
+                self._note_window(progress, first_step=first_step)
 
-    def _run_window(self, job: TrainingJob, window: tuple[int, ...], progress: _Progress) -> None:
-        started = time.perf_counter()
+    def _run_window(
+        self, job: TrainingJob, window: tuple[int, ...], progress: _Progress, counter: _StepCounter
+    ) -> tuple[float, float]:
+        """Run one window to its end; the seconds of its micro-batches, and those of its end."""
+        steps_before = counter.steps
+        began = self._clock()
         for position, size in enumerate(window):
             if position == len(window) - 1:
                 progress.held_bytes = max(progress.held_bytes, self._memory.allocated_bytes())
             job.micro_step(size)
-        if progress.seconds is not None:
-            progress.seconds.append(time.perf_counter() - started)
+        _wait_for_device()
+        micro_batches_seconds = self._clock() - began
+        if counter.steps > steps_before:
+            raise WorkloadError(
+                "micro_step stepped the optimizer: it runs forward and backward only, since the gradients of several "
+                "micro-batches accumulate before a step; what belongs to the step goes into end_window"
+            )
+        _check_gradients(job, progress)
+        end_began = self._clock()
+        _end_window(job)
+        _wait_for_device()
+        progress.windows += 1
+        return micro_batches_seconds, self._clock() - end_began
 
-    def _note_window(self, progress: _Progress, step_seconds: float, *, first_step: bool) -> None:
-        if progress.seconds:
-            progress.seconds[-1] += step_seconds
+    def _note_window(self, progress: _Progress, *, first_step: bool) -> None:
         if progress.windows == 1 or first_step:  # both load kernels, which take memory outside the allocator
             self._memory.settle()
         if progress.steps <= 2:
@@ -214,11 +229,12 @@ class TrialRunner:
         confirmation: bool,
     ) -> Trial:
         size = max(window)
-        if failure is not None and not failure.is_memory and reading.num_ooms == 0:
+        ran_out = reading.num_ooms > 0  # below 0 where the job reset the allocator's own counts
+        if failure is not None and not failure.is_memory and not ran_out:
             raise WorkloadError(failure.message, traceback_text=failure.traceback_text)
         retries = max(0, reading.alloc_retries - progress.retries_at_second)
         note = ""
-        if failure is not None or reading.num_ooms:
+        if failure is not None or ran_out:
             outcome = Outcome.OUT_OF_MEMORY
             note = _describe_shortage(failure)
         elif reading.footprint_bytes > self._memory.budget_bytes:
@@ -228,6 +244,8 @@ class TrialRunner:
         else:
             outcome = Outcome.FITS
             self._smallest_run = min(size, self._smallest_run or size)
+        is_timed = self._timed and outcome is not Outcome.OUT_OF_MEMORY
+        times = progress.times if is_timed else StepTimes()
         return Trial(
             micro_batch_size=size,
             outcome=outcome,
@@ -238,11 +256,12 @@ class TrialRunner:
             peak_reserved_bytes=reading.peak_reserved_bytes,
             footprint_bytes=reading.footprint_bytes,
             alloc_retries=retries,
-            # The first window loads kernels and makes the optimizer's state: later ones are what training is like.
-            seconds_per_step=statistics.median(progress.seconds[1:])
-            if self._timed and progress.seconds and progress.steps > 1 and outcome is not Outcome.OUT_OF_MEMORY
-            else None,
+            seconds_per_step=times.median_seconds,
+            seconds_per_step_deviation=times.deviation_seconds,
+            seconds_per_step_end=times.end_seconds,
+            timed_steps=times.num_steady,
             confirmation=confirmation,
+            held_at_start_bytes=progress.held_at_start_bytes,
             held_bytes=progress.held_bytes,
             gradient_bytes=progress.gradient_bytes,
             largest_segment_bytes=reading.largest_segment_bytes,

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from autobatch.errors import UsageError
-from autobatch.gpu.catalogue import Card, find_card, load_catalogue
+from autobatch.gpu.catalogue import Card, find_card, load_catalogue, working_aliases
 
 MIB = 1 << 20
 CARDS = load_catalogue()
@@ -164,6 +164,15 @@ def test_a_name_unlike_any_is_a_usage_error(name: str) -> None:
     """Nothing near is still one clear line."""
     with pytest.raises(UsageError, match="cannot be emulated"):
         find_card(name)
+
+
+def test_working_aliases_are_those_that_find_their_card() -> None:
+    """All but the ambiguous ones, which `find_card` refuses."""
+    for card in CARDS:
+        assert {find_card(alias) for alias in working_aliases(card)} <= {card}
+        assert set(card.aliases) - set(working_aliases(card)) == {
+            name for name in AMBIGUOUS if card.name in AMBIGUOUS[name]
+        }
 
 
 def test_impossible_figures_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -54,6 +55,11 @@ from autobatch.plan import SPLITS
         ({"headroom": 0.02}, "headroom 0.02 is neither bytes nor a percentage"),
         ({"headroom": True}, "headroom True is not a number of bytes"),
         ({"memory_limit": "24 gigs"}, "memory_limit '24 gigs' has an unknown unit 'gigs'"),
+        ({"headroom": "3"}, "headroom '3' is 3 bytes: write 3GiB.*'3%'"),
+        ({"memory_limit": "24"}, "memory_limit '24' is 24 bytes: write 24GiB"),
+        ({"tenant": "4", "emulate": "T4"}, "tenant '4' is 4 bytes: write 4GiB"),
+        ({"headroom": "5GiB", "memory_limit": "4GiB"}, "'5GiB' is 5 GiB and leaves nothing of memory_limit 4 GiB"),
+        ({"headroom": 5, "memory_limit": 4}, "headroom 5 is 5 B and leaves nothing of memory_limit 4 B"),
         ({"memory_limit": 0}, "memory_limit 0 leaves no memory"),
         ({"memory_limit": 2.5}, "memory_limit 2.5 is not a number of bytes"),
         ({"tenant": "4GiB"}, "tenant '4GiB' stands beside the job on an emulated card only.*--emulate"),
@@ -102,6 +108,34 @@ def test_headroom_above_the_card_names_both() -> None:
     """A headroom is resolved against the card, and refused where nothing is left of it."""
     with pytest.raises(UsageError, match=r"headroom '24GiB' is 24 GiB .* 16 GiB"):
         ProbeOptions(target=1, headroom="24GiB").headroom_bytes(16 * 2**30)
+
+
+def test_headroom_is_of_the_card_that_is_stood_in_for() -> None:
+    """A percentage is of the limit where that is less than the card, and of the card where it is more."""
+    options = ProbeOptions(target=1, headroom="10%", memory_limit=1000)
+    assert [options.headroom_bytes(total) for total in (500, 1000, 4000)] == [50, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("values", "can"),
+    [
+        ({"target": 257}, True),
+        ({"target": 257, "split": "balanced"}, True),
+        ({"target": 250, "split": "balanced", "world_size": 4}, False),
+        ({"target": 256, "split": "balanced", "world_size": 4, "multiple_of": 32}, True),
+        ({"target": 288, "split": "balanced", "world_size": 4, "multiple_of": 32}, False),
+    ],
+)
+def test_whether_one_size_can_say_the_plan(values: dict[str, typing.Any], can: bool) -> None:
+    """Known before anything runs only where the ranks' shares differ: then no size makes them equal."""
+    options = ProbeOptions(**values)
+    assert options.can_be_one_size is can
+    found = []
+    for size in range(options.multiple_of, options.share + 1):
+        with contextlib.suppress(PlanError):  # some sizes leave a rank too little for every step
+            found.append(len(options.make_plan(size).sizes))
+    assert (1 in found) is can
+    assert found
 
 
 @pytest.mark.parametrize(
@@ -222,6 +256,7 @@ def test_json_round_trip(
     target: int, headroom: str | int, memory_limit: int | None, tolerance: float, deadline: float | None
 ) -> None:
     """Options come back from their JSON as they were."""
+    assume(memory_limit is None or memory_limit > 2**30)  # a headroom above the limit is refused
     options = ProbeOptions(
         target=target, headroom=headroom, memory_limit=memory_limit, tolerance=tolerance, deadline=deadline
     )

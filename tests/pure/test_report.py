@@ -245,6 +245,8 @@ def test_a_nested_fault_is_placed() -> None:
         ({"data_dependent": ("nonzero",)}, "never certified"),
         ({"basis": "measured"}, "belong to emulated answers only"),
         ({"trials": (trial(37, Outcome.FITS, seconds_per_step=0.5),)}, "knows no time"),
+        ({"trials": (trial(37, Outcome.FITS, seconds_per_step_end=0.5),)}, "knows no time"),
+        ({"trials": (trial(37, Outcome.FITS, timed_steps=2),)}, "knows no time"),
     ],
 )
 def test_a_report_that_contradicts_itself_cannot_be_made(changes: dict[str, Any], words: str) -> None:

@@ -13,7 +13,8 @@ from autobatch.units import format_bytes, format_percent, headroom_bytes, parse_
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("4096", 4096),
+        ("4096B", 4096),
+        ("1048576", 1 << 20),
         (4096, 4096),
         (0, 0),
         ("0", 0),
@@ -43,6 +44,9 @@ def test_bytes_are_read_exactly(text: str | int, size: int) -> None:
         ("inf", "is not a number of bytes"),
         ("1e9", "unknown unit|not a number"),
         ("12 parsecs", "unknown unit 'parsecs'"),
+        ("3", "'3' is 3 bytes: write 3GiB, or 3B where bytes are meant"),
+        ("1048575", "is 1048575 bytes: write 1048575MiB"),
+        ("24000", "'24000' is 24000 bytes: write 24000MiB"),
         ("24G", "write 24GiB .* or 24GB"),
         ("0.5", "fraction of a byte"),
         ("1,000", "is not a number of bytes"),
@@ -126,7 +130,8 @@ def test_a_written_percentage_is_never_below_the_share(part: int, whole: int) ->
 
 
 @pytest.mark.parametrize(
-    ("headroom", "size"), [("3%", 30), (0, 0), ("0", 0), ("512", 512), (0.5, 500), ("0.5 KiB", 512), (999, 999)]
+    ("headroom", "size"),
+    [("3%", 30), (0, 0), ("0", 0), ("512B", 512), (512, 512), (0.5, 500), ("0.5 KiB", 512), (999, 999)],
 )
 def test_headroom_is_bytes_or_a_share_of_the_card(headroom: str | float, size: int) -> None:
     """A percent sign or a float is a share of the card, anything else bytes."""
@@ -139,6 +144,16 @@ def test_headroom_that_leaves_nothing_names_both_numbers() -> None:
         headroom_bytes("24GiB", 24 * 2**30)
     with pytest.raises(UsageError, match=r"80 GiB .* 24 GiB"):
         headroom_bytes("80GiB", 24 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("headroom", "words"), [("3", "3GiB, .*'3%'"), (" 12 ", "12GiB, .*'12%'"), ("512", "512GiB, .*'3%'")]
+)
+def test_a_headroom_without_a_unit_is_refused(headroom: str, words: str) -> None:
+    """A bare 3 was meant as 3 % or 3 GiB, and never as 3 bytes; an int of the library is bytes."""
+    with pytest.raises(UsageError, match=words):
+        headroom_bytes(headroom, 2**30)
+    assert headroom_bytes(int(headroom), 2**30) == int(headroom)
 
 
 @pytest.mark.parametrize("headroom", ["", "lots", "100%", "-1%", -5, "0.02", True, None])
