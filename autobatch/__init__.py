@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
+    from autobatch.child_probe import probe_workload
     from autobatch.errors import (
         AutobatchError,
         BusyError,
@@ -24,45 +25,104 @@ if TYPE_CHECKING:
         UsageError,
         WorkloadError,
     )
+    from autobatch.evidence import Bound, Evidence, SizeFailure, StoredAnswer, Verdict
     from autobatch.facts import DeviceFacts
+    from autobatch.gpu.catalogue import Card, find_card, load_catalogue
+    from autobatch.gpu.presence import Presence, PresentCard, find_presence
+    from autobatch.jsonform import from_json_form, to_json_form
     from autobatch.library import probe
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan, make_plan
+    from autobatch.present.plot import check_plot_path, draw_report, report_svg
     from autobatch.probing import ProbeEvent, TrialEnded, TrialStarted
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot, state_hash
     from autobatch.trial import Outcome, Trial
+    from autobatch.workload.described import BuiltinWorkload, builtin_workloads
     from autobatch.workload.job import TrainingJob
+    from autobatch.workload.loader import WorkloadName
 
 __all__ = [
     "AutobatchError",
+    "Bound",
+    "BuiltinWorkload",
     "BusyError",
+    "Card",
     "DeviceFacts",
     "EmulatorError",
+    "Evidence",
     "NoGpuError",
     "NothingFitsError",
     "Outcome",
     "Plan",
     "PlanError",
+    "Presence",
+    "PresentCard",
     "ProbeEvent",
     "ProbeOptions",
     "Report",
+    "SizeFailure",
     "Snapshot",
+    "StoredAnswer",
     "TrainingJob",
     "Trial",
     "TrialEnded",
     "TrialStarted",
     "UnavailableError",
     "UsageError",
+    "Verdict",
     "WorkloadError",
+    "WorkloadName",
     "__version__",
+    "builtin_workloads",
+    "check_plot_path",
+    "draw_report",
+    "find_card",
+    "find_presence",
+    "from_json_form",
+    "load_catalogue",
     "make_plan",
     "probe",
+    "probe_workload",
+    "report_svg",
     "state_hash",
+    "to_json_form",
 ]
 
 # Where each public name lives: imported when it is first asked for, so that `autobatch --help` stays fast.
 _HOMES = {
+    "child_probe": ("probe_workload",),
+    "evidence": (
+        "Bound",
+        "Evidence",
+        "SizeFailure",
+        "StoredAnswer",
+        "Verdict",
+    ),
+    "gpu.catalogue": (
+        "Card",
+        "find_card",
+        "load_catalogue",
+    ),
+    "gpu.presence": (
+        "Presence",
+        "PresentCard",
+        "find_presence",
+    ),
+    "jsonform": (
+        "from_json_form",
+        "to_json_form",
+    ),
+    "present.plot": (
+        "check_plot_path",
+        "draw_report",
+        "report_svg",
+    ),
+    "workload.described": (
+        "BuiltinWorkload",
+        "builtin_workloads",
+    ),
+    "workload.loader": ("WorkloadName",),
     "errors": (
         "AutobatchError",
         "BusyError",

@@ -83,7 +83,7 @@ def _frames(log: str) -> list[re.Match[str]]:
 
 
 def _is_machinery(file: str) -> bool:
-    return file.startswith((_OWN_FOLDER, "<frozen")) or bool(_INSTALLED.match(file)) or _STANDARD_LIBRARY in file
+    return file.startswith((_OWN_FOLDER, "<")) or bool(_INSTALLED.match(file)) or _STANDARD_LIBRARY in file
 
 
 _STANDARD_LIBRARY = os.path.dirname(os.__file__)  # noqa: PTH120 - compared with text as faulthandler writes it

@@ -253,11 +253,11 @@ def _seconds(name: str, value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UsageError(f"{name} {value!r} is not a number of seconds; give one above 0, or None for no limit")
+        raise UsageError(f"{name} {value!r} is not a number of seconds; give one above 0")
     try:
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
     if not 0 < seconds < math.inf:
-        raise UsageError(f"{name} {value} is not above 0 and finite; give seconds, or None for no limit")
+        raise UsageError(f"{name} {value} is not above 0 and finite; give a number of seconds like 600")
     return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from autobatch.gpu.catalogue import find_card
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+# Started in the background of a script (`nohup make test &`), the run is told to ignore these, and would hand that on to the
+# programs whose ending by a signal is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,38 +20,71 @@ HEAVY = {"torch", "pynvml", "rich", "numpy"}
 
 PUBLIC = [
     "AutobatchError",
+    "Bound",
+    "BuiltinWorkload",
     "BusyError",
+    "Card",
     "DeviceFacts",
     "EmulatorError",
+    "Evidence",
     "NoGpuError",
     "NothingFitsError",
     "Outcome",
     "Plan",
     "PlanError",
+    "Presence",
+    "PresentCard",
     "ProbeEvent",
     "ProbeOptions",
     "Report",
+    "SizeFailure",
     "Snapshot",
+    "StoredAnswer",
     "TrainingJob",
     "Trial",
     "TrialEnded",
     "TrialStarted",
     "UnavailableError",
     "UsageError",
+    "Verdict",
     "WorkloadError",
+    "WorkloadName",
     "__version__",
+    "builtin_workloads",
+    "check_plot_path",
+    "draw_report",
+    "find_card",
+    "find_presence",
+    "from_json_form",
+    "load_catalogue",
     "make_plan",
     "probe",
+    "probe_workload",
+    "report_svg",
     "state_hash",
+    "to_json_form",
 ]
 
 # Floors from the ground up; a module may import its own floor and those below. Where two names fit, the longer counts.
 FLOORS: list[tuple[str, ...]] = [
-    ("_version", "errors", "units", "trial", "jsonform", "plan", "options", "report", "facts", "search", "throughput"),
+    (
+        "_version",
+        "errors",
+        "units",
+        "trial",
+        "jsonform",
+        "plan",
+        "options",
+        "report",
+        "facts",
+        "search",
+        "throughput",
+        "evidence",
+    ),
     ("gpu", "emulator"),
     ("workload",),
-    ("probing", "emulation", "isolation", "worker", "lastwords", "snapshot", "library", "doctor"),
-    ("present", "cli", "__init__", "__main__"),
+    ("probing", "emulation", "isolation", "worker", "lastwords", "snapshot", "library", "child_probe", "doctor"),
+    ("present", "reporting", "cli", "__init__", "__main__"),
 ]
 
 
@@ -165,9 +198,28 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    assert flags - {"--help", "--format", "--verbose"} == fields
+    outlets = {"--plot", "--report-to", "--report-as"}
+    assert flags - {"--help", "--format", "--verbose"} - outlets == fields
 
 
 def test_the_package_says_that_it_is_typed() -> None:
     """Without the marker file type checkers ignore every annotation."""
     assert (PACKAGE / "py.typed").is_file()
+
+
+SERVICE = ROOT / "server" / "autobatch_server"
+
+
+@pytest.mark.parametrize("path", sorted(SERVICE.rglob("*.py")), ids=lambda path: str(path.relative_to(SERVICE)))
+def test_the_service_uses_public_names_only(path: Path) -> None:
+    """The service stands on the library as anyone else's would; starting the command line is all that it does beside."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.split(".")[0] == "autobatch"]
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "autobatch":
+            continue
+        if path.name == "__main__.py":
+            assert node.module == "autobatch.cli"
+        else:
+            assert node.module == "autobatch"
+            assert {alias.name for alias in node.names} <= set(PUBLIC)

@@ -1,4 +1,4 @@
-"""The command line: `autobatch probe`, `plan`, `emulate`, `gpus` and `doctor`."""
+"""The command line: `autobatch probe`, `plan`, `emulate`, `gpus`, `doctor`, and the service's `serve` and `token`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from autobatch._version import __version__
+from autobatch.cli import service
 from autobatch.cli.output import say, silence_output
 from autobatch.errors import AutobatchError
 
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in service.COMMANDS:
+        return _run_service(arguments)
     words, command = _split_command(arguments)
     parser = _build_parser()
     parsed, unknown = parser.parse_known_args(words)
@@ -91,6 +94,13 @@ def _run(arguments: list[str]) -> int:
         return int(parsed.run(parsed))
     except AutobatchError as error:
         return _show(error, verbose=getattr(parsed, "verbose", False))
+
+
+def _run_service(words: list[str]) -> int:
+    try:
+        return service.run(words)
+    except AutobatchError as error:
+        return _show(error, verbose=False)
 
 
 def _nearest_flag(parser: Parser, word: str) -> str:
@@ -132,7 +142,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (probe, plan, emulate, cards):
+    for module in (probe, plan, emulate, cards, service):
         module.add_commands(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.flags import add_format_flag, add_option_flags, options_from
 from autobatch.cli.output import error_console, say, write_plan, write_text, write_view
 from autobatch.cli.settings import read_settings
-from autobatch.errors import NoGpuError, PlanError, UsageError
+from autobatch.errors import NoGpuError, PlanError, UnavailableError, UsageError
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from autobatch.emulator.machine import EmulatedMachine
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
     from autobatch.report import Report
+    from autobatch.reporting import ReportingService
 
 __all__ = ["DEFAULT_CARD", "DEFAULT_WORKLOAD", "add_commands"]
 
@@ -49,14 +47,23 @@ def add_commands(commands: Any) -> None:
         default=argparse.SUPPRESS,  # so that a file's setting shows through
         help="show what the training job prints, and tracebacks",
     )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw size against memory into a .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--report-to", metavar="URL", help="send the result to the service there; a token comes from AUTOBATCH_TOKEN"
+    )
+    parser.add_argument(
+        "--report-as", metavar="NAME", help="what the service calls the training job, where its name here is another"
+    )
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the probe that the command line asks for."""
-    from autobatch.isolation import IsolatedTrials
+    from autobatch.child_probe import probe_workload
     from autobatch.present.progress import ProgressLines
-    from autobatch.probing import conduct_probe, nothing_fits
+    from autobatch.probing import nothing_fits
 
     if parsed.command is not None:
         raise UsageError("a training command after -- is not supported yet: name a workload, such as train.py:job")
@@ -70,29 +77,73 @@ def run(parsed: argparse.Namespace) -> int:
     # Before the first trial, and before torch is imported: whether the target can be hit at all.
     asked.make_plan(asked.ceiling)
     check_form(asked, form)
+    named_a_device = hasattr(parsed, "device") or "device" in settings.options
     options = _choose_card(
-        asked,
-        may_emulate=not hasattr(parsed, "device") and "device" not in settings.options and form in {"table", "json"},
+        asked, may_emulate=not named_a_device and form in {"table", "json"} and parsed.report_to is None
     )
     _check_card(options)
+    outlets = _Outlets.open(parsed, workload)
 
-    with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(_emulated_machine(options)) if options.emulate else None
-        progress = stack.enter_context(ProgressLines(error_console(), live=not parsed.verbose))
-        trials = stack.enter_context(
-            IsolatedTrials(
-                workload,
-                options,
-                environment=machine.environment() if machine else os.environ,
-                machine=machine,
-                show_output=parsed.verbose,
-            )
-        )
-        report = conduct_probe(trials, options, workload=workload, progress=progress)
+    with ProgressLines(error_console(), live=not parsed.verbose) as progress:
+        report = probe_workload(workload, progress=progress, show_output=parsed.verbose, **vars(options))
     _print(report, form)
+    outlets.pass_on(report)
     if report.plan is None:
         raise nothing_fits(report)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outlets:
+    """Where a report goes besides standard output."""
+
+    plot: Path | None
+    service: ReportingService | None
+    reported_as: str
+
+    @classmethod
+    def open(cls, parsed: argparse.Namespace, workload: str) -> _Outlets:
+        """See, before a probe of minutes, that each can be written to."""
+        service, plot, name = None, None, parsed.report_as or workload
+        if parsed.plot is not None:
+            from autobatch.present.plot import check_plot_path
+
+            plot = Path(parsed.plot)
+            check_plot_path(plot)
+        if parsed.report_to is not None:
+            from autobatch.reporting import ReportingService
+
+            service = ReportingService(url=parsed.report_to, token=os.environ.get("AUTOBATCH_TOKEN") or None)
+            service.check(name)
+        elif parsed.report_as is not None:
+            raise UsageError(f"--report-as {parsed.report_as} names a workload for --report-to URL, which is missing")
+        return cls(plot=plot, service=service, reported_as=name)
+
+    def pass_on(self, report: Report) -> None:
+        """Draw and send what was found."""
+        if self.plot is not None:
+            from autobatch.present.plot import draw_report
+
+            draw_report(report, self.plot)
+            say(f"plot written to {self.plot}")
+        if self.service is None:
+            return
+        try:
+            measurement = self.service.send(report, workload=self.reported_as)
+        except UnavailableError as error:
+            raise UnavailableError(f"{error}; nothing is lost: {_keep(report, self.reported_as)}") from None
+        say(f"reported to {self.service.url} as {measurement}")
+
+
+def _keep(report: Report, workload: str) -> str:
+    """Write what could not be sent to a file, and say how to send it."""
+    import json
+    import tempfile
+
+    body = json.dumps({"report": report.to_dict(), "workload": workload})
+    with tempfile.NamedTemporaryFile("w", prefix="autobatch-report-", suffix=".json", delete=False) as file:
+        file.write(body)
+    return f"POST {file.name} to /v1/measurements later (curl --json @{file.name} URL/v1/measurements)"
 
 
 def _check_workload(workload: str) -> None:
@@ -132,24 +183,16 @@ def _choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:
 
 def _check_card(options: ProbeOptions) -> None:
     """Refuse what an emulated card cannot answer, before anything is started."""
+    from autobatch.emulator.machine import check_tenant
     from autobatch.gpu.catalogue import find_card
 
     if options.emulate is None:
         return
     card = find_card(options.emulate)
     options.headroom_bytes(card.nvml_total_bytes)
+    check_tenant(card, options.tenant_bytes)
     if options.objective == "throughput":
         raise UsageError("--objective throughput needs a real GPU: an emulated one knows no time; use max or plan")
-
-
-@contextlib.contextmanager
-def _emulated_machine(options: ProbeOptions) -> Iterator[EmulatedMachine]:
-    from autobatch.emulator.launch import open_machine
-    from autobatch.gpu.opening import check_torch_build
-
-    check_torch_build()
-    with open_machine((options.emulate or DEFAULT_CARD,), tenant_bytes=options.tenant_bytes) as machine:
-        yield machine
 
 
 def _print(report: Report, form: str) -> None:

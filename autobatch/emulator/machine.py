@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from autobatch.emulator.build import Libraries
     from autobatch.gpu.catalogue import Card
 
-__all__ = ["DRIVER_VERSION", "EmulatedMachine"]
+__all__ = ["DRIVER_VERSION", "EmulatedMachine", "check_tenant"]
 
 DRIVER_VERSION = "0.0.emulated"
 """What NVML gives as the driver's version on an emulated card: no driver is there."""
@@ -85,6 +85,15 @@ class _Machine(ctypes.Structure):
     )
 
 
+def check_tenant(card: Card, tenant_bytes: int) -> None:
+    """Refuse a tenant that a card has no room for; raises `UsageError`."""
+    if not 0 <= tenant_bytes <= card.cuda_total_bytes:
+        raise UsageError(
+            f"a tenant of {format_bytes(tenant_bytes)} does not fit on {card.name}, which has "
+            f"{format_bytes(card.cuda_total_bytes)}: make --tenant smaller"
+        )
+
+
 class EmulatedMachine:
     """A machine with emulated cards, for as long as it is open.
 
@@ -111,11 +120,7 @@ class EmulatedMachine:
         if not 1 <= len(cards) <= _MAX_DEVICES:
             raise UsageError(f"{len(cards)} emulated cards asked for: between 1 and {_MAX_DEVICES} can be had")
         for card in cards:
-            if not 0 <= tenant_bytes <= card.cuda_total_bytes:
-                raise UsageError(
-                    f"a tenant of {format_bytes(tenant_bytes)} does not fit on {card.name}, which has "
-                    f"{format_bytes(card.cuda_total_bytes)}: make --tenant smaller"
-                )
+            check_tenant(card, tenant_bytes)
         self.cards = tuple(cards)
         self._libraries = libraries
         self._preload = _preload_entry(libraries)

@@ -151,7 +151,7 @@ def working_aliases(card: Card) -> tuple[str, ...]:
 
     Example:
         >>> working_aliases(find_card("A100-SXM4-40GB"))
-        ('A100-40GB', 'A100-SXM-40GB')
+        ('A100-40GB', 'A100-40G', 'A100-SXM-40GB')
     """
     index = _index()
     return tuple(alias for alias in card.aliases if index[_key(alias)] == (card,))

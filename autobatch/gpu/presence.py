@@ -22,6 +22,8 @@ class PresentCard:
     uuid: str
     total_bytes: int
     free_bytes: int
+    is_emulated: bool = False
+    """Whether no card is behind it, but `autobatch emulate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,11 @@ def find_presence() -> Presence:
         with NvmlSession() as session:
             cards = tuple(
                 PresentCard(
-                    name=device.name, uuid=device.uuid, total_bytes=device.total_bytes, free_bytes=device.free_bytes
+                    name=device.name,
+                    uuid=device.uuid,
+                    total_bytes=device.total_bytes,
+                    free_bytes=device.free_bytes,
+                    is_emulated=bool(emulated),
                 )
                 for device in session.devices()
             )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from autobatch.doctor import Finding
     from autobatch.gpu.catalogue import Card
-    from autobatch.gpu.presence import Presence
+    from autobatch.gpu.presence import Presence, PresentCard
 
 __all__ = ["cards_view", "findings_view"]
 
@@ -24,13 +24,15 @@ def cards_view(presence: Presence, cards: Sequence[Card]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    here = [
-        f"  {index}: {card.name}, {format_bytes(card.free_bytes)} free of {format_bytes(card.total_bytes)}, {card.uuid}"
-        for index, card in enumerate(presence.cards)
-    ]
+    here = [f"  {index}: {_card_text(card)}" for index, card in enumerate(presence.cards)]
     if presence.problem:
         here.append(f"  {presence.problem}" if here else f"  none: {presence.problem}")
     return Group(Text("here", style="bold"), *map(Text, here), Text(), _catalogue_table(cards))
+
+
+def _card_text(card: PresentCard) -> str:
+    name = f"{card.name}, emulated" if card.is_emulated else card.name
+    return f"{name}, {format_bytes(card.free_bytes)} free of {format_bytes(card.total_bytes)}, {card.uuid}"
 
 
 def _catalogue_table(cards: Sequence[Card]) -> Table:

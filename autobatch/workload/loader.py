@@ -43,13 +43,15 @@ class WorkloadName:
         """Read a workload's name.
 
         Raises:
-            UsageError: it is malformed, or names a built-in or a file that is not there.
+            UsageError: it is malformed, or names a built-in, a parameter of one, or a file that is not there.
         """
         name, _, query = text.partition("?")
         target, colon, factory = name.rpartition(":")
         if not colon:
             _check_builtin(name)
-            return cls(target=name, factory=None, parameters=_parse_parameters(query, text))
+            builtin = cls(target=name, factory=None, parameters=_parse_parameters(query, text))
+            _check_parameters(builtin, BUILTIN_WORKLOADS[name])  # at once, rather than when torch has been imported
+            return builtin
         is_module = all(part.isidentifier() for part in target.split("."))
         if not factory.isidentifier() or not (is_module or target.endswith(".py")):
             raise UsageError(f"workload {text!r} is not of the form module:factory or path/to/file.py:factory")

@@ -1,0 +1,157 @@
+"""A report as a picture: memory against micro-batch size, with the budget, the trials, the maximum and the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from autobatch.errors import UnavailableError, UsageError
+from autobatch.present.curve import Picture
+from autobatch.present.svg import fit_for_page
+from autobatch.present.themes import THEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    from autobatch.report import Report
+
+__all__ = ["check_plot_path", "draw_report", "report_svg"]
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+# rcParams belong to the whole process: two pictures at once would give each other's back.
+_RC_LOCK = threading.RLock()
+
+
+def check_plot_path(path: str | Path) -> None:
+    """Refuse, before a probe, a file that could not be written after it.
+
+    Raises:
+        UsageError: the suffix is none of the three, or the folder is missing, or nothing may be written there.
+        UnavailableError: matplotlib is not installed.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in _SUFFIXES:
+        found = f"has the suffix {target.suffix!r}" if target.suffix else "has no suffix"
+        raise UsageError(f"plot {str(path)!r} {found}: end it in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+    try:
+        folder, is_folder = target.resolve().parent, target.is_dir()
+    except OSError as error:
+        raise UsageError(f"plot {str(path)!r}: {error.strerror}; name another file") from None
+    if not folder.is_dir():
+        raise UsageError(f"plot {str(path)!r}: there is no folder {str(folder)!r}; make it, or name another file")
+    if is_folder:
+        raise UsageError(f"plot {str(path)!r} is a folder: name a file in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"plot {str(path)!r}: the folder {str(folder)!r} is not writable; name another file")
+    _require_matplotlib()
+
+
+def draw_report(report: Report, path: str | Path) -> None:
+    """Draw the memory curve into a file, whose suffix says the format.
+
+    The file appears whole or not at all: one that is there already stays as it is until the new one is written.
+
+    Args:
+        report: what a probe found; where nothing fits, the picture says so.
+        path: ends in `.png`, `.svg` or `.pdf`; in an existing folder.
+
+    Raises:
+        UsageError: as `check_plot_path`, or the disk refuses the file.
+        UnavailableError: matplotlib is not installed.
+    """
+    check_plot_path(path)
+    form = Path(path).suffix.lower()[1:]
+    content = _rendered_svg(report, "light", opaque=True) if form == "svg" else _rendered(report, "light", form)
+    try:
+        # What a link names is replaced rather than the link.
+        _replace(Path(path).resolve(), content)
+    except OSError as error:
+        raise UsageError(f"plot {str(path)!r} cannot be written: {error.strerror}; name another file") from None
+
+
+def report_svg(report: Report, *, theme: Literal["light", "dark"] = "light") -> str:
+    """Draw the memory curve as an SVG element to stand in a page.
+
+    It is transparent, takes the width that the page gives it, and keeps its text as text. The same report gives the
+    same text. It needs no style sheet and has no `style` attribute, so that a page whose content security policy
+    allows neither shows it; its ids begin with the theme and a hash of the report.
+
+    Args:
+        report: what a probe found.
+        theme: for a light or a dark page.
+
+    Returns:
+        One `<svg>` element, without an XML prologue, with a title and a description for screen readers.
+
+    Raises:
+        UsageError: there is no such theme.
+        UnavailableError: matplotlib is not installed.
+    """
+    if theme not in THEMES:
+        raise UsageError(f"theme {theme!r} is none of {', '.join(THEMES)}")
+    _require_matplotlib()
+    return _rendered_svg(report, theme, opaque=False).decode()
+
+
+def _require_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UnavailableError("plots need matplotlib: pip install 'autobatch[plot]'")
+
+
+def _replace(target: Path, content: bytes) -> None:
+    """Write a file beside the target and rename it; nothing is left of it where that fails."""
+    import secrets
+
+    beside = target.with_name(f".autobatch-{secrets.token_hex(8)}")
+    try:
+        # Not `tempfile`: its files are for their owner alone, and renaming would keep that.
+        with beside.open("xb") as file:
+            file.write(content)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """Draw under matplotlib's defaults, whatever the process has set, and put its settings back."""
+    from matplotlib import style
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "autobatch", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
+    with _RC_LOCK, style.context(["default", settings]):
+        yield
+
+
+def _rendered(report: Report, theme: str, form: str, *, opaque: bool = True) -> bytes:
+    """Draw in one of matplotlib's forms; no date goes in, so that the same report gives the same bytes."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    # A canvas of its own rather than pyplot, which keeps every figure and chooses a backend for the whole process.
+    canvases: dict[str, tuple[type[FigureCanvasBase], dict[str, str | None]]] = {
+        "png": (FigureCanvasAgg, {"Software": None}),
+        "pdf": (FigureCanvasPdf, {"Creator": "autobatch", "CreationDate": None}),
+        "svg": (FigureCanvasSVG, dict.fromkeys(("Creator", "Date", "Format", "Type"))),
+    }
+    canvas, metadata = canvases[form]
+    with _own_settings(), io.BytesIO() as buffer:
+        figure = Picture(report, THEMES[theme]).figure
+        figure.patch.set_alpha(1.0 if opaque else 0.0)
+        canvas(figure).print_figure(buffer, format=form, dpi=200, facecolor="auto", metadata=metadata)
+        return buffer.getvalue()
+
+
+def _rendered_svg(report: Report, theme: str, *, opaque: bool) -> bytes:
+    """Draw as one SVG element."""
+    return fit_for_page(_rendered(report, theme, "svg", opaque=opaque), report, theme, opaque=opaque)
