@@ -1,4 +1,5 @@
 # make probe   find the micro-batch for the built-in job on this machine's GPU, or on an emulated one
+# make serve   the REST service on this machine
 # make test    run the tests (no GPU needed)
 # make check   lint, format, types
 
@@ -8,10 +9,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: probe test test-slow check bench clean
+.PHONY: probe serve test test-slow check bench clean
 
 probe: $(VENV)/.installed
 	$(BIN)/autobatch probe --target 256 $(ARGS)
+
+serve: $(VENV)/.served
+	$(BIN)/autobatch serve $(ARGS)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
@@ -27,6 +31,7 @@ check: $(VENV)/.checked
 bench: $(VENV)/.tested
 	$(BIN)/python tests/benchmarks/search_cost.py
 	$(BIN)/python tests/benchmarks/start_up.py
+	$(BIN)/python tests/benchmarks/plan_rate.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -40,10 +45,14 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.tested: $(VENV)/.installed
+$(VENV)/.served: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[server]"
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.served
 	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
-$(VENV)/.checked: $(VENV)/.installed
+$(VENV)/.checked: $(VENV)/.served
 	$(BIN)/python -m pip install --quiet --group check --group test
 	touch $@

@@ -1,1 +1,3 @@
-"""The REST service of autobatch: filled by the issue on the service; see the project's README."""
+"""The REST service that job schedulers query: `autobatch serve`, or `python -m autobatch_server`."""
+
+__all__: list[str] = []

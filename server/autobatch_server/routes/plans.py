@@ -1,0 +1,211 @@
+"""`GET /v1/plan` and `POST /v1/placements`: answers from stored measurements, never a probe."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+
+from autobatch import PlanError
+from autobatch_server.answers import Answer, answer_question
+from autobatch_server.gpus import canonical_gpu
+from autobatch_server.placements import rank_candidates
+from autobatch_server.problems import problem_responses
+from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
+from autobatch_server.routes.parts import COMMON_PROBLEMS, JSON_PROBLEMS, Reader, Served
+from autobatch_server.schemas import (
+    LARGEST_TARGET,
+    LARGEST_WORLD,
+    BasisName,
+    Bounds,
+    GpuName,
+    PlacementList,
+    PlacementRequest,
+    PlanAnswer,
+    SplitName,
+    WorkloadName,
+)
+
+__all__ = ["router"]
+
+_JSON = "application/json"
+# What is longer is not remembered: some thousands of answers are, and anyone may pad a query.
+_LONGEST_QUERY, _LONGEST_BODY = 1024, 8192
+_TAGS = {
+    "ETag": {
+        "description": "changes with the answer: send it as If-None-Match",
+        "required": True,
+        "schema": {"type": "string", "pattern": '^"[0-9a-f]{32}"$'},
+    },
+    "Cache-Control": {
+        "description": "`no-cache`: keep it, and ask again",
+        "schema": {"type": "string", "const": "no-cache"},
+    },
+}
+
+
+class _RememberedRoute(APIRoute):
+    """Answers a query that came before from memory, for as long as nothing in the database changed."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the route's own handler."""
+        make_answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            services = request.app.state.services
+            await services.authenticator.authenticate(request, "plan:read")
+            number = await services.freshness.number()
+            query: bytes = request.scope["query_string"]
+            known = services.answers.get(number, query)
+            if known is None:
+                response = await make_answer(request)
+                if response.status_code == 200:
+                    tag, verdict = response.headers["etag"], response.headers["x-verdict"]
+                    del response.headers["x-verdict"]
+                    body = bytes(response.body)
+                    if len(query) <= _LONGEST_QUERY and len(body) <= _LONGEST_BODY:
+                        services.answers.put(number, query, body, tag, verdict)
+                    services.metrics.count_answer(verdict)
+                return response
+            body, tag, verdict = known
+            services.metrics.count_answer(verdict)
+            return _tagged(request.headers.get("if-none-match"), body, tag)
+
+        return handle
+
+
+_plans = APIRouter(prefix="/v1", tags=["query plane"], route_class=_RememberedRoute)
+_placements = APIRouter(prefix="/v1", tags=["query plane"])
+
+
+@_plans.get(
+    "/plan",
+    response_model=PlanAnswer,
+    responses={
+        200: {"description": "what is known, also where that is nothing", "headers": _TAGS},
+        304: {"description": "the answer is still the one whose ETag was sent", "headers": _TAGS},
+        **problem_responses(
+            *COMMON_PROBLEMS,
+            "unknown-workload",
+            "unknown-gpu",
+            "invalid-request",
+            "bad-parameter",
+            "ambiguous-gpu",
+            "no-plan",
+        ),
+    },
+    summary="The plan for a target, from what was measured",
+)
+async def get_plan(
+    services: Served,
+    principal: Reader,
+    workload: Annotated[WorkloadName, Query(examples=["gpt2", "gpt2?seq_len=512"])],
+    gpu: Annotated[GpuName, Query(examples=["A100-SXM4-40GB", "NVIDIA L4"])],
+    target: Annotated[
+        int, Query(ge=1, le=LARGEST_TARGET, description="samples per optimizer step, over all ranks", examples=[256])
+    ],
+    world_size: Annotated[int, Query(ge=1, le=LARGEST_WORLD, description="data-parallel ranks", examples=[1])] = 1,
+    split: Annotated[SplitName, Query(description="sizes all equal, or at most one apart", examples=["even"])] = "even",
+    multiple_of: Annotated[
+        int, Query(ge=1, le=LARGEST_TARGET, description="sizes are multiples of this", examples=[1])
+    ] = 1,
+    tolerance: Annotated[
+        float, Query(ge=0, lt=1, description="share of the target by which an even plan may miss it", examples=[0.0])
+    ] = 0.0,
+    basis: Annotated[BasisName | None, Query(description="answer from nothing else", examples=["emulated"])] = None,
+    if_none_match: Annotated[
+        str | None,
+        Header(description="ETag of the answer that you have", examples=['"4f0c1b2a3d4e5f60718293a4b5c6d7e8"']),
+    ] = None,
+) -> Response:
+    """Answer `fits` with the plan, `does_not_fit`, or `unknown`: never a default number, and never by probing.
+
+    Another target or world size than was probed is arithmetic where the measured bounds reach.
+    """
+    del principal
+    job = services.catalogue.find(workload)
+    card = canonical_gpu(gpu)
+    options = make_options(
+        target=target, world_size=world_size, split=split, multiple_of=multiple_of, tolerance=tolerance
+    )
+
+    def look_up() -> Answer:
+        return answer_question(services.measurements, workload=str(job), gpu=card, options=options, basis=basis)
+
+    try:
+        answer = await run_in_threadpool(look_up)
+    except PlanError as error:
+        raise refuse_plan(options, error) from None
+    refuse_long_plan(answer.plan)
+    form = _plan_answer(answer, workload=str(job), gpu=card, target=target, world_size=world_size, split=split)
+    body = form.model_dump_json().encode()
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    response = _tagged(if_none_match, body, tag)
+    if response.status_code == 200:
+        response.headers["x-verdict"] = answer.verdict
+    return response
+
+
+def _tagged(known_tags: str | None, body: bytes, tag: str) -> Response:
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    if known_tags is not None and (known_tags.strip() == "*" or tag in known_tags):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type=_JSON, headers=headers)
+
+
+def _plan_answer(
+    answer: Answer, *, workload: str, gpu: str, target: int, world_size: int, split: SplitName
+) -> PlanAnswer:
+    measurement, report = answer.measurement, answer.measurement.report if answer.measurement else None
+    bound = answer.bound
+    return PlanAnswer(
+        verdict=answer.verdict,
+        reason=answer.reason,
+        workload=workload,
+        gpu=gpu,
+        target=target,
+        world_size=world_size,
+        split=split,
+        plan=answer.plan,
+        basis=report.basis if report else None,
+        measurement=measurement.id if measurement else None,
+        measured_at=report.measured_at if report else None,
+        bounds=Bounds(
+            micro_batches_per_step=bound.micro_batches_per_step,
+            largest_fitting=bound.largest_fitting,
+            smallest_failing=bound.smallest_failing,
+        )
+        if bound
+        else None,
+        footprint_bytes=answer.footprint_bytes,
+        budget_bytes=report.memory.budget_bytes if report else None,
+        missing_bytes=answer.missing_bytes,
+        expected_error=(report.expected_error or None) if report else None,
+        warnings=list(answer.plan.warnings) if answer.plan else [],
+    )
+
+
+@_placements.post(
+    "/placements",
+    responses={
+        200: {"description": "every candidate, in order"},
+        **problem_responses(
+            *COMMON_PROBLEMS, *JSON_PROBLEMS, "unknown-workload", "unknown-gpu", "bad-parameter", "ambiguous-gpu"
+        ),
+    },
+    summary="Which of these cards fit, in order",
+)
+def post_placements(request: PlacementRequest, services: Served, principal: Reader) -> PlacementList:
+    """Rank candidates by stored measurements: what fits first, then what does not, then what is unknown."""
+    del principal
+    job = services.catalogue.find(request.workload, request.parameters)
+    return rank_candidates(services.measurements, str(job), request)
+
+
+router = APIRouter()
+router.include_router(_plans)
+router.include_router(_placements)

@@ -1,0 +1,147 @@
+"""What the routes stand on, made once for each process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autobatch_server.access import Authenticator
+from autobatch_server.execution import ChildExecutor
+from autobatch_server.freshness import Freshness
+from autobatch_server.measurements import MeasurementStore
+from autobatch_server.metrics import Metrics
+from autobatch_server.problems import ProblemError
+from autobatch_server.queue import Limits, ProbeQueue
+from autobatch_server.runner import Runner, RunnerBoard, find_slots
+from autobatch_server.tokens import TokenStore
+from autobatch_server.workloads import WorkloadCatalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from autobatch_server.access import Principal
+    from autobatch_server.database import Database
+    from autobatch_server.execution import Executor
+    from autobatch_server.settings import Settings
+
+__all__ = ["AnswerCache", "Services", "Streams", "open_services"]
+
+_MOST_ANSWER_BYTES = 16 * 1024**2
+_LARGEST_ANSWER_BYTES = 65536
+
+
+class AnswerCache:
+    """Answers that were given, by the query's own bytes, for as long as nothing changed."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._num_bytes = 0
+        self._answers: OrderedDict[bytes, tuple[bytes, str, str]] = OrderedDict()
+
+    def get(self, number: int, query: bytes) -> tuple[bytes, str, str] | None:
+        """Body, ETag and verdict of the answer to a query, where it was given under this number."""
+        if number != self._number:
+            self._answers.clear()
+            self._number, self._num_bytes = number, 0
+        return self._answers.get(query)
+
+    def put(self, number: int, query: bytes, body: bytes, tag: str, verdict: str) -> None:
+        """Keep an answer that was made from what the database held under a number."""
+        size = len(query) + len(body)
+        if number != self._number or size > _LARGEST_ANSWER_BYTES or query in self._answers:
+            return
+        self._answers[query] = (body, tag, verdict)
+        self._num_bytes += size
+        while self._num_bytes > _MOST_ANSWER_BYTES:
+            oldest, (old_body, _, _) = self._answers.popitem(last=False)
+            self._num_bytes -= len(oldest) + len(old_body)
+
+
+class Streams:
+    """Counts event streams and waiting polls, for each asker."""
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit, self._metrics = limit, metrics
+        self._open: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, principal: Principal) -> Iterator[None]:
+        """Hold a place for one stream; raises `ProblemError` where too many are held."""
+        number = self._open.get(principal.name, 0)
+        if number >= self._limit:
+            detail = f"{number} streams are open, the limit is {self._limit}: close one, or poll without wait"
+            raise ProblemError("too-many-streams", detail)
+        self._open[principal.name] = number + 1
+        self._metrics.streams.inc()
+        try:
+            yield
+        finally:
+            self._metrics.streams.dec()
+            left = self._open[principal.name] - 1
+            if left:
+                self._open[principal.name] = left
+            else:
+                del self._open[principal.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """The parts of one process's service."""
+
+    settings: Settings
+    database: Database
+    catalogue: WorkloadCatalogue
+    queue: ProbeQueue
+    board: RunnerBoard
+    measurements: MeasurementStore
+    tokens: TokenStore
+    freshness: Freshness
+    authenticator: Authenticator
+    metrics: Metrics
+    streams: Streams
+    answers: AnswerCache
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of the queue."""
+        return Limits(queued=self.settings.queue_limit, per_token=self.settings.queue_limit_per_token)
+
+    def make_runner(self, executor: Executor | None = None) -> Runner:
+        """Make this process's runner, which runs each probe in a child unless another executor is given."""
+        return Runner(
+            self.queue,
+            self.board,
+            self.catalogue,
+            executor
+            or ChildExecutor(
+                memory_limit_bytes=self.settings.child_memory_bytes, environment_names=self.settings.child_environment
+            ),
+            find_slots(self.settings),
+            self.settings,
+            on_end=self.metrics.count_probe,
+        )
+
+
+@contextlib.contextmanager
+def open_services(settings: Settings, database: Database) -> Iterator[Services]:
+    """Make the services on a database, for as long as the context lasts."""
+    queue = ProbeQueue(database, lease_seconds=settings.lease, max_attempts=settings.max_attempts)
+    measurements, tokens = MeasurementStore(database), TokenStore(database)
+    metrics = Metrics(queue, measurements)
+    with contextlib.closing(Freshness(database)) as freshness:
+        yield Services(
+            settings=settings,
+            database=database,
+            catalogue=WorkloadCatalogue(settings.workloads),
+            queue=queue,
+            board=RunnerBoard(database, stale_seconds=2 * settings.lease),
+            measurements=measurements,
+            tokens=tokens,
+            freshness=freshness,
+            authenticator=Authenticator(tokens, freshness),
+            metrics=metrics,
+            streams=Streams(settings.streams_per_token, metrics),
+            answers=AnswerCache(),
+        )
