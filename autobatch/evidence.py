@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from autobatch.errors import PlanError
+from autobatch.plan import LARGEST_LISTING
 from autobatch.search import whole_share_may_fit
 from autobatch.trial import Outcome, Trial
 
@@ -107,7 +108,7 @@ class Evidence:
         """Trials whose failure holds under this accumulation too."""
         return [trial for trial in self._trials if not trial.fits and _micro_batches_needed(trial) <= micro_batches]
 
-    def answer(self, options: ProbeOptions) -> StoredAnswer:
+    def answer(self, options: ProbeOptions, *, most_listed: int = LARGEST_LISTING) -> StoredAnswer:
         """Answer for a target, a world size and a split.
 
         `fits` needs a plan whose sizes all lie within a bound, and that no untested size could better: it is the plan that a
@@ -115,6 +116,7 @@ class Evidence:
 
         Args:
             options: the question; what concerns trials alone (device, headroom, limits) is passed over.
+            most_listed: micro-batches above which a plan is too long to be listed.
 
         Returns:
             The answer, `unknown` where the bounds do not reach.
@@ -122,12 +124,12 @@ class Evidence:
         Raises:
             PlanError: the target cannot be hit under the split, whatever fits or with the sizes that do.
         """
-        options.make_plan(options.ceiling)
+        options.make_plan(options.ceiling, most_listed=most_listed)
         if options.ceiling == options.share:
             whole = self._answer_whole(options)
             if whole is not None:
                 return whole
-        return self._answer_accumulating(options)
+        return self._answer_accumulating(options, most_listed)
 
     def _answer_whole(self, options: ProbeOptions) -> StoredAnswer | None:
         """Answer for a rank's share in one micro-batch; None where it fails and accumulation decides."""
@@ -140,7 +142,7 @@ class Evidence:
             return None
         return _unknown(bound, f"a rank's share of {share} in one micro-batch has not been tried, and could fit")
 
-    def _answer_accumulating(self, options: ProbeOptions) -> StoredAnswer:
+    def _answer_accumulating(self, options: ProbeOptions, most_listed: int) -> StoredAnswer:
         """Answer for a share in several micro-batches, where it does not fit whole."""
         bound, smallest = self.accumulating, options.multiple_of
         if bound.smallest_failing is not None and bound.smallest_failing <= smallest:
@@ -149,9 +151,9 @@ class Evidence:
             return _unknown(bound, f"no size from {smallest} on has been tried with accumulation")
         below = options.ceiling if options.ceiling < options.share else options.share - 1
         best = below if bound.smallest_failing is None else min(bound.smallest_failing - 1, below)
-        better = options.make_plan(best)  # raises where even this leaves no plan
+        better = options.make_plan(best, most_listed=most_listed)  # raises where even this leaves no plan
         try:
-            plan = options.make_plan(min(bound.largest_fitting, best))
+            plan = options.make_plan(min(bound.largest_fitting, best), most_listed=most_listed)
         except PlanError:
             plan = None
         if plan is None or (better.sizes, better.accumulation_steps) != (plan.sizes, plan.accumulation_steps):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autobatch.errors import UsageError
-from autobatch.plan import SPLITS, Plan, Split, check_int, check_split, check_target, make_plan
+from autobatch.plan import LARGEST_LISTING, SPLITS, Plan, Split, check_int, check_split, check_target, make_plan
 from autobatch.units import check_headroom, headroom_bytes, parse_bytes, parse_fraction
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class ProbeOptions:
         check_int("micro_batch_size", micro_batch_size, 1)
         return min(2, -(-self.share // micro_batch_size))
 
-    def make_plan(self, max_micro_batch_size: int) -> Plan:
+    def make_plan(self, max_micro_batch_size: int, *, most_listed: int = LARGEST_LISTING) -> Plan:
         """Plan with these options for the largest size that fits; raises `PlanError` as `plan.make_plan` does.
 
         Asked with `ceiling` before any trial, it shows early that a target cannot be hit: whether an
@@ -245,6 +245,7 @@ class ProbeOptions:
             multiple_of=self.multiple_of,
             tolerance=self.tolerance,
             dataset_size=self.dataset_size,
+            most_listed=most_listed,
         )
 
 

@@ -12,15 +12,15 @@ from autobatch.units import format_percent, parse_fraction
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LARGEST_TARGET", "SPLITS", "Plan", "Split", "make_plan"]
+__all__ = ["LARGEST_LISTING", "LARGEST_TARGET", "SPLITS", "Plan", "Split", "make_plan"]
 
 Split = Literal["even", "balanced"]
 SPLITS: tuple[str, ...] = get_args(Split)
 
 LARGEST_TARGET = 1_000_000_000
 """The largest target, in samples, that is taken: it bounds what one question may cost a service."""
-_LARGEST_LISTING = 1_048_576
-"""The most micro-batches that one plan lists."""
+LARGEST_LISTING = 1_048_576
+"""The most micro-batches that one plan lists, unless less is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ class _Question:
     max_units: int
     allowed_miss: int
     largest_effective: int
+    most_listed: int
 
     @property
     def unit(self) -> int:
@@ -145,6 +146,7 @@ def make_plan(
     multiple_of: int = 1,
     tolerance: str | float = 0.0,
     dataset_size: int | None = None,
+    most_listed: int = LARGEST_LISTING,
 ) -> Plan:
     """Turn a target and the largest size that fits into micro-batches and accumulation steps.
 
@@ -163,6 +165,7 @@ def make_plan(
         multiple_of: samples that every micro-batch is a multiple of, at least 1.
         tolerance: share of the target by which an even plan may miss it, 0 up to 1.
         dataset_size: samples in the data set; no plan takes more for one step.
+        most_listed: micro-batches above which a plan is too long to be listed, up to 1,048,576.
 
     Returns:
         The plan; its `warnings` say what is unusual about it.
@@ -181,6 +184,7 @@ def make_plan(
     check_int("world_size", world_size, 1)
     check_int("multiple_of", multiple_of, 1)
     check_int("max_micro_batch_size", max_micro_batch_size, 1)
+    check_int("most_listed", most_listed, 1)
     check_split(split)
     check_target(target, world_size=world_size, dataset_size=dataset_size)
     if max_micro_batch_size < multiple_of:
@@ -197,6 +201,7 @@ def make_plan(
         # The factor takes back the rounding of a decimal share: 0.29 * 100 is 28.999... in floats.
         allowed_miss=math.floor(share * target * (1 + 1e-12)),
         largest_effective=dataset_size if dataset_size is not None else 2 * LARGEST_TARGET,
+        most_listed=most_listed,
     )
     return _even(question) if split == "even" else _balanced(question)
 
@@ -406,9 +411,9 @@ def _nearby_targets(question: _Question, grid: int) -> str:
 
 def _check_listing(num_micro_batches: int, question: _Question) -> None:
     """Refuse a plan too long to be listed."""
-    if num_micro_batches > _LARGEST_LISTING:
+    if num_micro_batches > question.most_listed:
         raise PlanError(
             f"target {question.target} takes {num_micro_batches} micro-batches of at most "
-            f"{question.max_units * question.multiple_of}, above the most that a plan lists, {_LARGEST_LISTING}; "
+            f"{question.max_units * question.multiple_of}, above the most that a plan lists, {question.most_listed}; "
             "take a smaller target, a larger micro-batch, or another split"
         )

@@ -72,6 +72,8 @@ class Trial:
     """What decided an ambiguous outcome, or how the trial ended; empty where nothing is to be said."""
 
     def __post_init__(self) -> None:
+        if self.micro_batches_per_step not in (1, 2):
+            raise ValueError(f"micro_batches_per_step {self.micro_batches_per_step} is neither 1 nor 2")
         if not self.window:
             window = (self.micro_batch_size,) * self.micro_batches_per_step
             object.__setattr__(self, "window", window)

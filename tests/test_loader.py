@@ -88,7 +88,7 @@ def test_names_are_read(text: str, target: str, factory: str | None, parameters:
 )
 def test_parameters_have_the_type_that_they_look_like(written: str, value: object) -> None:
     """Numbers and truth values in either spelling; `False` as text would count as true."""
-    read = WorkloadName.parse(f"gpt2?x={written}").parameters["x"]
+    read = WorkloadName.parse(f"train:job?x={written}").parameters["x"]
     assert (read, type(read)) == (value, type(value))
 
 

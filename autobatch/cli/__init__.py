@@ -21,9 +21,9 @@ __all__ = ["main"]
 
 _DESCRIPTION = "Find the largest micro-batch that really trains on a GPU, and hit an effective batch size exactly."
 _EPILOG = """\
-exit codes: 0 fits; 2 usage; 3 does not fit even at the smallest size; 4 the training job failed or took too long;
-5 the target cannot be hit under the split; 69 no GPU, driver or service; 75 GPU busy or deadline passed;
-130 interrupted; 143 terminated"""
+exit codes: 0 fits; 1 the result cannot be written; 2 usage; 3 does not fit even at the smallest size; 4 the training job
+failed or took too long; 5 the target cannot be hit under the split; 69 no GPU, driver or service; 75 GPU busy or deadline
+passed; 129 hung up; 130 interrupted; 143 terminated"""
 
 
 # Of 1 for equal words: `headrom`, `micro-batch` and `dev` are near a flag, `foo` is near none.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch import Evidence, Plan, ProbeOptions, StoredAnswer, Trial
+from autobatch_server.questions import LONGEST_PLAN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from autobatch import Bound, Verdict
     from autobatch_server.measurements import Measurement, OomReport
 
-__all__ = ["Answer", "SeriesSource", "answer_question"]
+__all__ = ["Answer", "KnownSeries", "SeriesSource", "answer_question"]
 
 
 class SeriesSource(Protocol):
@@ -21,6 +22,19 @@ class SeriesSource(Protocol):
 
     def series(self, workload: str, gpu: str) -> tuple[Sequence[Measurement], Sequence[OomReport]]:
         """What is known of one job on one card, the newest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownSeries:
+    """What was read of one job on one card: a source that reads nothing more."""
+
+    measurements: tuple[Measurement, ...]
+    ooms: tuple[OomReport, ...]
+
+    def series(self, workload: str, gpu: str) -> tuple[Sequence[Measurement], Sequence[OomReport]]:
+        """What was read, whichever job and card it was read of."""
+        del workload, gpu
+        return self.measurements, self.ooms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +105,7 @@ def answer_question(
         PlanError: the target cannot be hit under the split, whatever fits.
         StoreUnavailableError: the database is away.
     """
-    options.make_plan(options.ceiling)
+    options.make_plan(options.ceiling, most_listed=LONGEST_PLAN)
     measurements, ooms = store.series(workload, gpu)
     unknown: Answer | None = None
     for series in _series_in_order(measurements, basis):
@@ -104,7 +118,9 @@ def answer_question(
 
 def _answer_without(measurements: Sequence[Measurement], ooms: Sequence[OomReport], options: ProbeOptions) -> Answer:
     """Answer where no measurement may: a training that ran out of memory at the smallest size says something still."""
-    found = Evidence((), budget_bytes=0, failures=[oom.failure for oom in ooms]).answer(options)
+    found = Evidence((), budget_bytes=0, failures=[oom.failure for oom in ooms]).answer(
+        options, most_listed=LONGEST_PLAN
+    )
     if found.verdict == "does_not_fit":
         reason = found.reason + _described_ooms(ooms)
         return Answer(verdict=found.verdict, reason=reason, bound=found.bound, num_oom_reports=len(ooms))
@@ -135,7 +151,7 @@ def _answer_from(series: Sequence[Measurement], ooms: Sequence[OomReport], optio
     budget_bytes = newest.report.memory.budget_bytes
     trials = tuple(_trials_under(series, budget_bytes))
     evidence = Evidence(trials, budget_bytes=budget_bytes, failures=[oom.failure for oom in ooms])
-    found: StoredAnswer = evidence.answer(options)
+    found: StoredAnswer = evidence.answer(options, most_listed=LONGEST_PLAN)
     reason = found.reason
     if newest.report.memory.other_tenants_bytes:
         reason += f"; others held {newest.report.memory.other_tenants_bytes} bytes of the card when it was measured"

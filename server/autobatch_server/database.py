@@ -240,7 +240,13 @@ def _open_sqlite(url: URL) -> Database:
         return connection
 
     engine = create_engine(
-        "sqlite://", creator=connect, poolclass=QueuePool, pool_size=8, max_overflow=24, pool_timeout=5
+        "sqlite://",
+        creator=connect,
+        poolclass=QueuePool,
+        pool_size=8,
+        max_overflow=24,
+        pool_timeout=5,
+        hide_parameters=True,
     )
 
     @event.listens_for(engine, "begin")
@@ -266,6 +272,7 @@ def _open_postgresql(url: URL) -> Database:
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
+        hide_parameters=True,
         pool_size=8,
         max_overflow=24,
         pool_timeout=5,

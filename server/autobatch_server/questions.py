@@ -54,7 +54,11 @@ def refuse_plan(options: ProbeOptions, error: PlanError) -> ProblemError:
     if options.multiple_of > 1:
         what += f" and multiple_of {options.multiple_of}"
     if options.target % unit == 0:
-        return ProblemError("no-plan", f"{what} in a plan short enough to be listed: take a smaller target")
+        return ProblemError(
+            "no-plan",
+            f"{what} in a plan of at most {LONGEST_PLAN} micro-batches, the most that is listed here: take a smaller target "
+            "or more ranks",
+        )
     below, above = options.target // unit * unit, -(-options.target // unit) * unit
     near = f"{below} or {above}" if below else str(above)
     others = "" if options.split == "balanced" or options.multiple_of > 1 else ", split=balanced hits it exactly"

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from autobatch_server.access import Principal
+    from autobatch_server.answers import KnownSeries
     from autobatch_server.database import Database
     from autobatch_server.execution import Executor
     from autobatch_server.settings import Settings
 
-__all__ = ["AnswerCache", "Services", "Streams", "open_services"]
+__all__ = ["AnswerCache", "SeriesMemory", "Services", "Streams", "open_services"]
 
 _MOST_ANSWER_BYTES = 16 * 1024**2
 _LARGEST_ANSWER_BYTES = 65536
+# Of up to fifty reports each, some ten kilobytes a report.
+_MOST_SERIES = 256
 
 
 class AnswerCache:
@@ -57,6 +60,29 @@ class AnswerCache:
         while self._num_bytes > _MOST_ANSWER_BYTES:
             oldest, (old_body, _, _) = self._answers.popitem(last=False)
             self._num_bytes -= len(oldest) + len(old_body)
+
+
+class SeriesMemory:
+    """What is known of a job on a card, for as long as nothing in the database changed."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._series: OrderedDict[tuple[str, str], KnownSeries] = OrderedDict()
+
+    def get(self, number: int, workload: str, gpu: str) -> KnownSeries | None:
+        """What was read under this number; None where nothing was."""
+        if number != self._number:
+            self._series.clear()
+            self._number = number
+        return self._series.get((workload, gpu))
+
+    def put(self, number: int, workload: str, gpu: str, series: KnownSeries) -> None:
+        """Keep what was read after a number was."""
+        if number != self._number:
+            return
+        self._series[workload, gpu] = series
+        if len(self._series) > _MOST_SERIES:
+            self._series.popitem(last=False)
 
 
 class Streams:
@@ -102,6 +128,7 @@ class Services:
     metrics: Metrics
     streams: Streams
     answers: AnswerCache
+    series: SeriesMemory
 
     @property
     def limits(self) -> Limits:
@@ -144,4 +171,5 @@ def open_services(settings: Settings, database: Database) -> Iterator[Services]:
             metrics=metrics,
             streams=Streams(settings.streams_per_token, metrics),
             answers=AnswerCache(),
+            series=SeriesMemory(),
         )

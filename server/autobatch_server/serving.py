@@ -73,6 +73,7 @@ def _serve_http(services: Services, executor: Executor | None) -> int:
         sys.stderr.flush()
         configuration = uvicorn.Config(
             app,
+            http="h11",  # strict about what two parsers might read in two ways
             log_config=None,
             access_log=False,
             server_header=False,

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from autobatch import PlanError
-from autobatch_server.answers import Answer, answer_question
+from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.placements import rank_candidates
 from autobatch_server.problems import problem_responses
@@ -29,6 +29,7 @@ from autobatch_server.schemas import (
     SplitName,
     WorkloadName,
 )
+from autobatch_server.services import Services
 
 __all__ = ["router"]
 
@@ -132,12 +133,9 @@ async def get_plan(
     options = make_options(
         target=target, world_size=world_size, split=split, multiple_of=multiple_of, tolerance=tolerance
     )
-
-    def look_up() -> Answer:
-        return answer_question(services.measurements, workload=str(job), gpu=card, options=options, basis=basis)
-
+    known = await _known(services, str(job), card)
     try:
-        answer = await run_in_threadpool(look_up)
+        answer = answer_question(known, workload=str(job), gpu=card, options=options, basis=basis)
     except PlanError as error:
         raise refuse_plan(options, error) from None
     refuse_long_plan(answer.plan)
@@ -148,6 +146,17 @@ async def get_plan(
     if response.status_code == 200:
         response.headers["x-verdict"] = answer.verdict
     return response
+
+
+async def _known(services: Services, workload: str, gpu: str) -> KnownSeries:
+    """What is known of the job on the card: from memory, where nothing in the database changed since it was read."""
+    number = await services.freshness.number()
+    known = services.series.get(number, workload, gpu)
+    if known is None:
+        measurements, ooms = await run_in_threadpool(services.measurements.series, workload, gpu)
+        known = KnownSeries(measurements=tuple(measurements), ooms=tuple(ooms))
+        services.series.put(number, workload, gpu, known)
+    return known
 
 
 def _tagged(known_tags: str | None, body: bytes, tag: str) -> Response:

@@ -173,7 +173,10 @@ def _choose_card(services: Services, request: ProbeRequest) -> tuple[str, BasisN
 
 def _fresh(services: Services, workload: str, gpu: str, basis: str, options: ProbeOptions) -> Measurement | None:
     """A measurement that answers and is not too old; None where there is none."""
-    answer = answer_question(services.measurements, workload=workload, gpu=gpu, options=options, basis=basis)
+    try:
+        answer = answer_question(services.measurements, workload=workload, gpu=gpu, options=options, basis=basis)
+    except PlanError as error:
+        raise refuse_plan(options, error) from None
     measurement = answer.measurement
     if answer.verdict == "unknown" or measurement is None:
         return None
