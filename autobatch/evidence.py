@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from autobatch.errors import PlanError
 from autobatch.plan import LARGEST_LISTING
-from autobatch.search import whole_share_may_fit
+from autobatch.search import MOST_PADDING, whole_share_may_fit
 from autobatch.trial import Outcome, Trial
 
 if TYPE_CHECKING:
@@ -174,7 +174,11 @@ class Evidence:
         largest = self.accumulating.largest_fitting
         telling = [trial for trial in tried if trial.fits and trial.window[1:] and trial.micro_batch_size == largest]
         telling = telling or [trial for trial in tried if not trial.fits and trial.micro_batch_size == failing]
-        return any(whole_share_may_fit(trial, budget_bytes=self._budget_bytes, share=share) for trial in telling)
+        padding = MOST_PADDING if largest is None else 1
+        return any(
+            whole_share_may_fit(trial, budget_bytes=self._budget_bytes, share=share, padding=padding)
+            for trial in telling
+        )
 
     def _does_not_fit(self, bound: Bound, smallest: int) -> StoredAnswer:
         lacking = [

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from autobatch.trial import Trial
 
-__all__ = ["Bracket", "SearchSpace", "find_bracket", "next_size", "whole_share_may_fit"]
+__all__ = ["MOST_PADDING", "Bracket", "SearchSpace", "find_bracket", "next_size", "whole_share_may_fit"]
+
+MOST_PADDING = 16
+"""Samples that a job may pad one to: as many as common shapes of tensor cores and buckets ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +126,9 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
     if bracket.fits is None:
         if bracket.fails != space.candidates[0]:
             return _shrink(inside, space, bracket.fails)
-        # The gradients of an earlier micro-batch may be all that was too much: the share whole has none.
-        return space.share if _whole_share_may_fit(inside, space, bracket.fails) else None
+        # The gradients of an earlier micro-batch may be all that was too much: the share whole has none. What one failing
+        # size tells of a sample may be far too much: a job that pads takes as much for one sample as for several.
+        return space.share if _whole_share_may_fit(inside, space, bracket.fails, padding=MOST_PADDING) else None
     if space.above(bracket.fits) == bracket.fails:
         return space.share if _whole_share_may_fit(inside, space, bracket.fits) else None
     return _close(inside, space, bracket.fits, bracket.fails)
@@ -171,27 +175,28 @@ def _is_whole_share_untried(trials: Sequence[Trial], space: SearchSpace) -> bool
     return space.ceiling == space.share and all(trial.micro_batch_size != space.share for trial in trials)
 
 
-def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, size: int) -> bool:
+def _whole_share_may_fit(trials: Sequence[Trial], space: SearchSpace, size: int, *, padding: int = 1) -> bool:
     """Whether a share in one micro-batch is untried, and would fit by the estimate that leaves nothing unusable."""
     return _is_whole_share_untried(trials, space) and whole_share_may_fit(
-        _trial_at(trials, size), budget_bytes=space.budget_bytes, share=space.share
+        _trial_at(trials, size), budget_bytes=space.budget_bytes, share=space.share, padding=padding
     )
 
 
-def whole_share_may_fit(trial: Trial, *, budget_bytes: int, share: int) -> bool:
+def whole_share_may_fit(trial: Trial, *, budget_bytes: int, share: int, padding: int = 1) -> bool:
     """Whether a share in one micro-batch, which holds no gradients of an earlier one, could fit where a size failed.
 
     Args:
         trial: a trial that accumulated and did not fit.
         budget_bytes: the footprint that a trial may have.
         share: samples of one rank for each optimizer step.
+        padding: samples that may take as much memory together as the estimate gives one.
     """
     if not trial.held_bytes:
         return False
     # Where a window never ended the gradients are not known: at most half of what is held with their weights.
     gradient_bytes = trial.gradient_bytes or trial.held_bytes // 2
     room = budget_bytes - _outside(trial) - (trial.held_bytes - gradient_bytes)
-    return room / _per_sample(trial) >= share
+    return room * padding / _per_sample(trial) >= share
 
 
 def _shrink(trials: Sequence[Trial], space: SearchSpace, high: int) -> int:

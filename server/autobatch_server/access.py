@@ -66,14 +66,20 @@ class Authenticator:
         self._known: dict[bytes, TokenRecord] = {}
         self._closed = True
 
-    async def authenticate(self, request: Request, scope: Scope) -> Principal:
+    async def authenticate(self, request: Request, scope: Scope, *, number: int | None = None) -> Principal:
         """Say who asks.
+
+        Args:
+            request: whose headers tell.
+            scope: what it needs.
+            number: the database's number, where it was just read.
 
         Raises:
             ProblemError: nobody that is known, or somebody who may not.
             StoreUnavailableError: the database is away.
         """
-        number = await self._freshness.number()
+        if number is None:
+            number = await self._freshness.number()
         if number != self._number:
             self._known, self._closed = {}, await run_in_threadpool(self._tokens.exist)
             self._number = number

@@ -12,6 +12,7 @@ from autobatch import __version__
 from autobatch_server.guard import Guard
 from autobatch_server.openapi import describe_interface
 from autobatch_server.problems import install_problem_handlers
+from autobatch_server.remembered import RememberedAnswers
 from autobatch_server.routes import catalogue, docs, health, measurements, page, plans, probes
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def create_app(services: Services, *, executor: Executor | None = None) -> FastA
     for module in (plans, measurements, catalogue, probes, health, docs, page):
         app.include_router(module.router)
     install_problem_handlers(app)
+    app.add_middleware(RememberedAnswers, services=services)
     hosts = [*settings.allowed_hosts, *([] if settings.is_loopback else [settings.host])]
     app.add_middleware(Guard, hosts=hosts, body_limit_bytes=settings.body_limit_bytes, metrics=services.metrics)
     app.openapi = lambda: describe_interface(app)  # type: ignore[method-assign] # FastAPI's own way to complete its document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import logging
 import re
@@ -14,24 +15,34 @@ __all__ = ["configure_logging"]
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 _SECRET = re.compile(r"abt_[A-Za-z0-9_-]+", re.IGNORECASE)  # also one that is cut short, or otherwise not quite a token
+_ENCODER = json.JSONEncoder(default=str)  # made once: a line is written for every request
 
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        moment = dt.datetime.fromtimestamp(record.created, tz=dt.UTC)
         content: dict[str, object] = {
-            "at": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "at": f"{_second(int(record.created))}.{int(record.created % 1 * 1000):03}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
         if own := request_id.get():
             content["request_id"] = own
-        content |= {key: value for key, value in vars(record).items() if key not in _OWN and value is not None}
+        fields = record.__dict__
+        for key in fields.keys() - _OWN:
+            if fields[key] is not None:
+                content[key] = fields[key]
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
         # In ASCII, so that no character of a path ends the line for one reader and not for another.
-        return _SECRET.sub("abt_...", json.dumps(content, default=str))
+        text = _ENCODER.encode(content)
+        return _SECRET.sub("abt_...", text) if "abt_" in text.lower() else text
+
+
+@functools.lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    """A second of the calendar: most lines of a busy service share one."""
+    return dt.datetime.fromtimestamp(seconds, tz=dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def configure_logging(level: str) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
 from autobatch import PlanError
@@ -16,6 +14,7 @@ from autobatch_server.gpus import canonical_gpu
 from autobatch_server.placements import rank_candidates
 from autobatch_server.problems import problem_responses
 from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
+from autobatch_server.remembered import tagged
 from autobatch_server.routes.parts import COMMON_PROBLEMS, JSON_PROBLEMS, Reader, Served
 from autobatch_server.schemas import (
     LARGEST_TARGET,
@@ -33,7 +32,6 @@ from autobatch_server.services import Services
 
 __all__ = ["router"]
 
-_JSON = "application/json"
 # What is longer is not remembered: some thousands of answers are, and anyone may pad a query.
 _LONGEST_QUERY, _LONGEST_BODY = 1024, 8192
 _TAGS = {
@@ -49,41 +47,10 @@ _TAGS = {
 }
 
 
-class _RememberedRoute(APIRoute):
-    """Answers a query that came before from memory, for as long as nothing in the database changed."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the route's own handler."""
-        make_answer = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            services = request.app.state.services
-            await services.authenticator.authenticate(request, "plan:read")
-            number = await services.freshness.number()
-            query: bytes = request.scope["query_string"]
-            known = services.answers.get(number, query)
-            if known is None:
-                response = await make_answer(request)
-                if response.status_code == 200:
-                    tag, verdict = response.headers["etag"], response.headers["x-verdict"]
-                    del response.headers["x-verdict"]
-                    body = bytes(response.body)
-                    if len(query) <= _LONGEST_QUERY and len(body) <= _LONGEST_BODY:
-                        services.answers.put(number, query, body, tag, verdict)
-                    services.metrics.count_answer(verdict)
-                return response
-            body, tag, verdict = known
-            services.metrics.count_answer(verdict)
-            return _tagged(request.headers.get("if-none-match"), body, tag)
-
-        return handle
+router = APIRouter(prefix="/v1", tags=["query plane"])
 
 
-_plans = APIRouter(prefix="/v1", tags=["query plane"], route_class=_RememberedRoute)
-_placements = APIRouter(prefix="/v1", tags=["query plane"])
-
-
-@_plans.get(
+@router.get(
     "/plan",
     response_model=PlanAnswer,
     responses={
@@ -104,6 +71,7 @@ _placements = APIRouter(prefix="/v1", tags=["query plane"])
 async def get_plan(
     services: Served,
     principal: Reader,
+    http: Request,
     workload: Annotated[WorkloadName, Query(examples=["gpt2", "gpt2?seq_len=512"])],
     gpu: Annotated[GpuName, Query(examples=["A100-SXM4-40GB", "NVIDIA L4"])],
     target: Annotated[
@@ -133,7 +101,8 @@ async def get_plan(
     options = make_options(
         target=target, world_size=world_size, split=split, multiple_of=multiple_of, tolerance=tolerance
     )
-    known = await _known(services, str(job), card)
+    number = await services.freshness.number()
+    known = await _known(services, number, str(job), card)
     try:
         answer = answer_question(known, workload=str(job), gpu=card, options=options, basis=basis)
     except PlanError as error:
@@ -142,28 +111,21 @@ async def get_plan(
     form = _plan_answer(answer, workload=str(job), gpu=card, target=target, world_size=world_size, split=split)
     body = form.model_dump_json().encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    response = _tagged(if_none_match, body, tag)
-    if response.status_code == 200:
-        response.headers["x-verdict"] = answer.verdict
-    return response
+    services.metrics.count_answer(answer.verdict)
+    query: bytes = http.scope["query_string"]
+    if len(query) <= _LONGEST_QUERY and len(body) <= _LONGEST_BODY:
+        services.answers.put(number, query, body, tag, answer.verdict)
+    return tagged(if_none_match, body, tag)
 
 
-async def _known(services: Services, workload: str, gpu: str) -> KnownSeries:
+async def _known(services: Services, number: int, workload: str, gpu: str) -> KnownSeries:
     """What is known of the job on the card: from memory, where nothing in the database changed since it was read."""
-    number = await services.freshness.number()
     known = services.series.get(number, workload, gpu)
     if known is None:
         measurements, ooms = await run_in_threadpool(services.measurements.series, workload, gpu)
         known = KnownSeries(measurements=tuple(measurements), ooms=tuple(ooms))
         services.series.put(number, workload, gpu, known)
     return known
-
-
-def _tagged(known_tags: str | None, body: bytes, tag: str) -> Response:
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if known_tags is not None and (known_tags.strip() == "*" or tag in known_tags):
-        return Response(status_code=304, headers=headers)
-    return Response(body, media_type=_JSON, headers=headers)
 
 
 def _plan_answer(
@@ -198,7 +160,7 @@ def _plan_answer(
     )
 
 
-@_placements.post(
+@router.post(
     "/placements",
     responses={
         200: {"description": "every candidate, in order"},
@@ -213,8 +175,3 @@ def post_placements(request: PlacementRequest, services: Served, principal: Read
     del principal
     job = services.catalogue.find(request.workload, request.parameters)
     return rank_candidates(services.measurements, str(job), request)
-
-
-router = APIRouter()
-router.include_router(_plans)
-router.include_router(_placements)
