@@ -37,24 +37,32 @@ if TYPE_CHECKING:
     from autobatch.probing import ProbeEvent, TrialEnded, TrialStarted
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot, state_hash
+    from autobatch.training.accumulator import Accumulator, MemoryEvent, WindowResult
+    from autobatch.training.equivalence import Cause, EquivalenceReport, check_equivalence
+    from autobatch.training.sampler import PlanBatchSampler
     from autobatch.trial import Outcome, Trial
     from autobatch.workload.described import BuiltinWorkload, builtin_workloads
     from autobatch.workload.job import TrainingJob
     from autobatch.workload.loader import WorkloadName
 
 __all__ = [
+    "Accumulator",
     "AutobatchError",
     "Bound",
     "BuiltinWorkload",
     "BusyError",
     "Card",
+    "Cause",
     "DeviceFacts",
     "EmulatorError",
+    "EquivalenceReport",
     "Evidence",
+    "MemoryEvent",
     "NoGpuError",
     "NothingFitsError",
     "Outcome",
     "Plan",
+    "PlanBatchSampler",
     "PlanError",
     "Presence",
     "PresentCard",
@@ -71,10 +79,12 @@ __all__ = [
     "UnavailableError",
     "UsageError",
     "Verdict",
+    "WindowResult",
     "WorkloadError",
     "WorkloadName",
     "__version__",
     "builtin_workloads",
+    "check_equivalence",
     "check_plot_path",
     "draw_report",
     "find_card",
@@ -91,6 +101,17 @@ __all__ = [
 
 # Where each public name lives: imported when it is first asked for, so that `autobatch --help` stays fast.
 _HOMES = {
+    "training.accumulator": (
+        "Accumulator",
+        "MemoryEvent",
+        "WindowResult",
+    ),
+    "training.equivalence": (
+        "Cause",
+        "EquivalenceReport",
+        "check_equivalence",
+    ),
+    "training.sampler": ("PlanBatchSampler",),
     "child_probe": ("probe_workload",),
     "evidence": (
         "Bound",

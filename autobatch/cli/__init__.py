@@ -1,4 +1,4 @@
-"""The command line: `autobatch probe`, `plan`, `emulate`, `gpus`, `doctor`, and the service's `serve` and `token`."""
+"""The command line: `autobatch probe`, `plan`, `check`, `emulate`, `gpus`, `doctor`, and the service's `serve` and `token`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["main"]
 _DESCRIPTION = "Find the largest micro-batch that really trains on a GPU, and hit an effective batch size exactly."
 _EPILOG = """\
 exit codes: 0 fits; 1 the result cannot be written; 2 usage; 3 does not fit even at the smallest size; 4 the training job
-failed or took too long; 5 the target cannot be hit under the split; 69 no GPU, driver or service; 75 GPU busy or deadline
-passed; 129 hung up; 130 interrupted; 143 terminated"""
+failed or took too long; 5 the target cannot be hit under the split; 6 check found a difference; 69 no GPU, driver or
+service; 75 GPU busy or deadline passed; 129 hung up; 130 interrupted; 143 terminated"""
 
 
 # Of 1 for equal words: `headrom`, `micro-batch` and `dev` are near a flag, `foo` is near none.
@@ -131,7 +131,7 @@ def _split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _build_parser() -> Parser:
-    from autobatch.cli import cards, emulate, plan, probe
+    from autobatch.cli import cards, check, emulate, plan, probe
 
     parser = Parser(
         prog="autobatch",
@@ -142,7 +142,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (probe, plan, emulate, cards, service):
+    for module in (probe, plan, check, emulate, cards, service):
         module.add_commands(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from autobatch.snapshot.digest import Digest
 
-__all__ = ["ProcessState"]
+__all__ = ["ProcessState", "read_generators", "write_generators"]
 
 
 class ProcessState:
@@ -48,6 +48,17 @@ class ProcessState:
         for (name, _, _), state in zip(self._generators, self._states, strict=True):
             digest.add(name)
             digest.add_value(state)
+
+
+def read_generators() -> list[tuple[Callable[[Any], object], object]]:
+    """Read every random generator: how to write each, and what it holds now."""
+    return [(write, read()) for _, read, write in _generators()]
+
+
+def write_generators(kept: Iterable[tuple[Callable[[Any], object], object]]) -> None:
+    """Put back what `read_generators` gave."""
+    for write, state in kept:
+        write(state)
 
 
 _UNREADABLE = object()

@@ -29,7 +29,7 @@ class _JsonFormatter(logging.Formatter):
         if own := request_id.get():
             content["request_id"] = own
         fields = record.__dict__
-        for key in fields.keys() - _OWN:
+        for key in sorted(fields.keys() - _OWN):
             if fields[key] is not None:
                 content[key] = fields[key]
         if record.exc_info:

@@ -1,0 +1,1 @@
+"""The training side of a plan: accumulation that equals the full batch, and the proof that it does."""

@@ -1,0 +1,198 @@
+"""Two ranks over gloo make the update of one process; gradients meet once a window. This file is the ranks' script too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autobatch import UsageError, make_plan
+from autobatch.training.accumulator import Accumulator
+from autobatch.training.ranks import gradients_of
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = 11
+
+
+def fresh_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def data() -> torch.Tensor:
+    return torch.randn(SAMPLES, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    return torch.cat([getattr(value, "full_tensor", lambda value=value: value)().flatten() for value in gradients])
+
+
+class Rank:
+    """One of two ranks, with a wrapped model whose gradients and all-reduces are watched."""
+
+    def __init__(self, wrapped: nn.Module, target: int, **more: Any) -> None:
+        self.model, self.seen = wrapped, list[torch.Tensor]()
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: self.seen.append(flat(wrapped)))
+        plan = make_plan(target=target, max_micro_batch_size=2, world_size=2, split="balanced")
+        self.accumulator = Accumulator(plan, model=wrapped, optimizer=optimizer, **more)
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = self.model(x)
+        return value.square().mean()
+
+    def difference(self, samples: torch.Tensor) -> float:
+        whole = fresh_model()
+        whole(samples).square().mean().backward()
+        wanted = flat(whole)
+        return float((self.seen[-1] - wanted).norm() / wanted.norm())
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except UsageError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def ddp_figures(rank: int) -> dict[str, Any]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(fresh_model())
+    reduces = []
+
+    def reduce(_state, bucket):  # type: ignore[no-untyped-def] # torch refuses annotations that are not evaluated
+        reduces.append(bucket.index())
+        future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    wrapped.register_comm_hook(None, reduce)
+    x = data()
+    unequal = Rank(wrapped, SAMPLES)
+    unequal.accumulator.step(x[:6] if rank == 0 else x[6:], unequal.loss)
+    figures: dict[str, Any] = {"unequal": unequal.difference(x), "buckets": len(reduces)}
+    streamed = Rank(wrapped, 8, count=lambda part: len(part) * 5)
+    for piece in (x[:4] if rank == 0 else x[4:8]).split(2):
+        streamed.accumulator.add(piece, streamed.loss)
+    figures["streamed"] = streamed.difference(x[:8])
+    # Two samples are left, both with rank 0.
+    if rank == 0:
+        streamed.accumulator.add(x[8:10], streamed.loss)
+    result = streamed.accumulator.finish()
+    figures["late"] = streamed.difference(x[8:10])
+    figures["late_samples"] = result.samples if result else None
+    figures["nothing_left"] = streamed.accumulator.finish() is None
+    figures["split_refused"] = message(lambda: Rank(wrapped, 8, on_oom="split"))
+    plan = make_plan(target=8, max_micro_batch_size=2)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    figures["mismatch"] = message(lambda: Accumulator(plan, model=wrapped, optimizer=optimizer))
+    return figures
+
+
+def fsdp_figures(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fresh_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    x = data()[:8]
+    run = Rank(model, 8)
+    run.accumulator.step(x[:4] if rank == 0 else x[4:], run.loss)
+    figures: dict[str, Any] = {"whole": run.difference(x)}
+    streamed = Rank(model, 8, count=lambda part: len(part) * (5 + rank) / (5 + rank))
+    for piece in (x[:4] if rank == 0 else x[4:]).split(2):
+        streamed.accumulator.add(piece, streamed.loss)
+    figures["streamed"] = streamed.difference(x)
+    figures["unequal"] = message(lambda: run.accumulator.step(x[: 4 - 2 * rank], run.loss))
+    return figures
+
+
+def run_rank(rank: int, store: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=45)
+    )
+    figures = {"ddp": ddp_figures(rank)}
+    try:
+        figures["fsdp"] = fsdp_figures(rank)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        figures["fsdp"] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    sys.stdout.write(json.dumps(figures) + "\n")
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(store)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    answers = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, answers, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in answers]
+
+
+def test_ddp_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Six samples on one rank and five on the other; micro-batches one by one with counts of their own; to 1e-12."""
+    for rank in ranks:
+        assert rank["ddp"]["unequal"] <= 1e-12
+        assert rank["ddp"]["streamed"] <= 1e-12
+
+
+def test_gradients_meet_once_a_window(ranks: list[dict[str, Any]]) -> None:
+    """Of three backwards only the last all-reduces: one bucket, once."""
+    assert [rank["ddp"]["buckets"] for rank in ranks] == [1, 1]
+
+
+def test_an_incomplete_window_meets_late(ranks: list[dict[str, Any]]) -> None:
+    """Two samples are left on rank 0 and none on rank 1: both step with them; with nothing left none does."""
+    assert [rank["ddp"]["late_samples"] for rank in ranks] == [2, 0]
+    for rank in ranks:
+        assert rank["ddp"]["late"] <= 1e-12
+        assert rank["ddp"]["nothing_left"]
+
+
+def test_what_ranks_refuse(ranks: list[dict[str, Any]]) -> None:
+    """A retry that the others cannot join, and a plan for another number of ranks."""
+    for rank in ranks:
+        assert "on_oom='split' needs every rank to agree" in rank["ddp"]["split_refused"]
+        assert "averaged over 2 rank(s), the plan is for world_size 1" in rank["ddp"]["mismatch"]
+
+
+def test_fsdp2_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    """By `step` and by `add`, to 1e-12; unequal numbers of micro-batches are refused on both ranks, not waited for."""
+    for rank in ranks:
+        assert "error" not in rank["fsdp"], rank["fsdp"]
+        assert rank["fsdp"]["whole"] <= 1e-12
+        assert rank["fsdp"]["streamed"] <= 1e-12
+        assert "1 to 2 micro-batches" in rank["fsdp"]["unequal"]
+
+
+def test_wrappers_that_cannot_be_held_back() -> None:
+    """`DataParallel` splits by itself; the way out is named."""
+    with pytest.raises(UsageError, match="wrap the model in DistributedDataParallel"):
+        gradients_of(nn.DataParallel(fresh_model()))
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), sys.argv[2])
