@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from autobatch.errors import UnavailableError, UsageError
 
@@ -68,11 +68,22 @@ class ReportingService:
             UsageError: it knows no such workload.
         """
         answer = self._ask("GET", "/v1/workloads", None)
-        names = [str(known.get("name")) for known in answer.get("workloads", []) if isinstance(known, dict)]
-        name = workload.partition("?")[0]
-        if name not in names:
+        known = {
+            str(one.get("name")): one.get("parameters") or {}
+            for one in answer.get("workloads", [])
+            if isinstance(one, dict)
+        }
+        name, _, query = workload.partition("?")
+        if name not in known:
             raise UsageError(
-                f"the service at {self.url} knows no workload {name!r}: --report-as takes one of {', '.join(names)}"
+                f"the service at {self.url} knows no workload {name!r}: --report-as takes one of {', '.join(known)}"
+            )
+        unknown = [key for key, _ in parse_qsl(query, keep_blank_values=True) if key not in known[name]]
+        if unknown:
+            takes = ", ".join(known[name]) or "none"
+            raise UsageError(
+                f"the service at {self.url} knows no parameter {unknown[0]!r} of {name}: it takes {takes}; --report-as names "
+                "another workload, or writes it with the parameters that it has there"
             )
 
     def send(self, report: Report, *, workload: str) -> str:

@@ -188,7 +188,11 @@ def test_a_plot_that_cannot_be_written_and_a_service_that_is_not_there_end_befor
 
 def test_a_report_that_cannot_be_sent_afterwards_is_kept(tmp_path: Path) -> None:
     """The plan was printed, the report stands in a file, and the message says how to send it: nothing is lost."""
-    known = (200, {}, b'{"workloads": [{"name": "gpt2"}]}')
+    known = (
+        200,
+        {},
+        b'{"workloads": [{"name": "gpt2", "parameters": {"layers": {}, "width": {}, "heads": {}, "vocab": {}}}]}',
+    )
     refused = (422, {}, b'{"detail": "no", "code": "invalid-report"}')
     with answering(known, refused) as (url, _):
         done = run_probe(
@@ -207,3 +211,27 @@ def test_without_a_gpu_reporting_needs_the_card_named(service: RunningService) -
     done = run_probe("--report-to", service.url)
     assert done.returncode == 69
     assert "--emulate" in done.stderr
+
+
+def test_a_report_is_of_the_parameters_that_ran(service: RunningService) -> None:
+    """By another name they go along: a small model's sizes never answer for the large one."""
+    report = make_report(workload="jobs.py:job?layers=2")
+    sent = {"report": report.to_dict(), "workload": "gpt2"}
+    assert service.client.post("/v1/measurements", json=sent).json()["workload"] == "gpt2?layers=2"
+    asked = {"gpu": "A100-40GB", "target": "256"}
+    assert service.client.get("/v1/plan", params={"workload": "gpt2", **asked}).json()["verdict"] == "unknown"
+    assert service.client.get("/v1/plan", params={"workload": "gpt2?layers=2", **asked}).json()["verdict"] == "fits"
+
+
+def test_a_parameter_that_the_service_does_not_know_is_told_before_the_probe(service: RunningService) -> None:
+    """The message names it, and those that there are."""
+    with pytest.raises(UsageError, match=r"knows no parameter 'depth' of gpt2: it takes seq_len"):
+        ReportingService(url=service.url).check("gpt2?depth=3")
+
+
+def test_a_slip_in_a_query_is_refused_rather_than_passed_over(service: RunningService) -> None:
+    """The answer would be to another question."""
+    for slip in ("worldsize=4", "target=128"):
+        response = service.client.get(f"/v1/plan?workload=gpt2&gpu=T4&target=256&{slip}")
+        assert response.status_code == 422
+        assert slip.partition("=")[0] in response.json()["detail"]

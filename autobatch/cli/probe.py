@@ -104,7 +104,7 @@ class _Outlets:
     @classmethod
     def open(cls, parsed: argparse.Namespace, workload: str) -> _Outlets:
         """See, before a probe of minutes, that each can be written to."""
-        service, plot, name = None, None, parsed.report_as or workload
+        service, plot, name = None, None, _name_at_service(parsed.report_as, workload)
         if parsed.plot is not None:
             from autobatch.present.plot import check_plot_path
 
@@ -133,6 +133,14 @@ class _Outlets:
         except UnavailableError as error:
             raise UnavailableError(f"{error}; nothing is lost: {_keep(report, self.reported_as)}") from None
         say(f"reported to {self.service.url} as {measurement}")
+
+
+def _name_at_service(given: str | None, workload: str) -> str:
+    """What the service calls the job: the name given, with the parameters that the job runs with here."""
+    if given is None:
+        return workload
+    query = workload.partition("?")[2]
+    return f"{given}?{query}" if query and "?" not in given else given
 
 
 def _keep(report: Report, workload: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
+import platformdirs
 from sqlalchemy import Connection, Engine, create_engine, event, literal_column, make_url, text, update
 from sqlalchemy.exc import (
     ArgumentError,
@@ -220,7 +221,9 @@ def _open_sqlite(url: URL) -> Database:
         raise UsageError("database_url names no file: write sqlite:///PATH")
     path = Path(url.database).expanduser().absolute()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Made only where it is the usual one: a mistyped path must not look like an empty database.
+        if path.parent == platformdirs.user_data_path("autobatch"):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
     except OSError as error:
         raise UsageError(f"cannot make the database {path}: {error.strerror}; --database-url names another") from None

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from autobatch import UsageError
+from autobatch import UsageError, find_card
 from autobatch_server.workloads import WorkloadDeclaration, check_names
 
 if TYPE_CHECKING:
@@ -109,6 +109,11 @@ class Settings(BaseSettings):
         init = cast("InitSettingsSource", init_settings)
         from_file = InitSettingsSource(settings_cls, init_kwargs=init.init_kwargs.pop(_FILE, {}))
         return (init_settings, env_settings, from_file)
+
+    @field_validator("default_gpu")
+    @classmethod
+    def _check_card(cls, value: str) -> str:
+        return find_card(value).name
 
     @field_validator("allowed_hosts", "child_environment", mode="before")
     @classmethod

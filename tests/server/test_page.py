@@ -343,7 +343,7 @@ def test_the_fragment_is_sent_again_only_when_something_changed(tmp_path: Path) 
         assert service.client.get(one, headers={"if-none-match": ended.headers["etag"]}).status_code == 304
         late = service.client.post(f"/probes/{probe}/cancel")
         assert late.status_code == 409
-        assert "has cancelled" in late.text
+        assert "ended as cancelled" in late.text
 
 
 def test_a_fragment_is_what_the_page_itself_shows(service: RunningService) -> None:

@@ -130,10 +130,18 @@ def post_measurement(request: MeasurementReport, services: Served, principal: Pr
     if request.oom is not None:
         return _keep_oom(services, request.oom, token_id)
     report = _read_report(request)
-    job = services.catalogue.find(request.workload or report.workload)
+    job = services.catalogue.find(_job_of(request.workload, report))
     gpu = canonical_gpu(report.device.name, strict=False)
     new = NewMeasurement.of(report, workload=str(job), gpu=gpu, source="reported")
     return measurement_form(services.measurements.add(new, token_id=token_id), with_report=True)
+
+
+def _job_of(name: str | None, report: Report) -> str:
+    """The job that a report is of: by the service's name for it, with the parameters that it ran with."""
+    query = report.workload.partition("?")[2]
+    if name is None:
+        return report.workload
+    return f"{name}?{query}" if query and "?" not in name else name
 
 
 def _read_report(request: MeasurementReport) -> Report:

@@ -12,7 +12,7 @@ from autobatch import PlanError
 from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.placements import rank_candidates
-from autobatch_server.problems import problem_responses
+from autobatch_server.problems import ProblemError, problem_responses
 from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
 from autobatch_server.remembered import tagged
 from autobatch_server.routes.parts import COMMON_PROBLEMS, JSON_PROBLEMS, Reader, Served
@@ -96,6 +96,7 @@ async def get_plan(
     Another target or world size than was probed is arithmetic where the measured bounds reach.
     """
     del principal
+    _refuse_slips(http)
     job = services.catalogue.find(workload)
     card = canonical_gpu(gpu)
     options = make_options(
@@ -116,6 +117,21 @@ async def get_plan(
     if len(query) <= _LONGEST_QUERY and len(body) <= _LONGEST_BODY:
         services.answers.put(number, query, body, tag, answer.verdict)
     return tagged(if_none_match, body, tag)
+
+
+_FIELDS = ("workload", "gpu", "target", "world_size", "split", "multiple_of", "tolerance", "basis")
+
+
+def _refuse_slips(http: Request) -> None:
+    """Refuse a field that there is not, or that is given twice: the answer would be to another question."""
+    names = [name for name, _ in http.query_params.multi_items()]
+    for name in names:
+        if name not in _FIELDS:
+            raise ProblemError(
+                "invalid-request", f"query.{name[:64]}: there is no such field, only {', '.join(_FIELDS)}"
+            )
+        if names.count(name) > 1:
+            raise ProblemError("invalid-request", f"query.{name}: given {names.count(name)} times, wanted once")
 
 
 async def _known(services: Services, number: int, workload: str, gpu: str) -> KnownSeries:

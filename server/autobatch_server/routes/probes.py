@@ -422,7 +422,7 @@ def cancel_probe(services: Served, principal: Prober, http: Request, probe_id: _
     if before is None:
         raise _no_probe()
     if before.state in ENDED:
-        raise ProblemError("already-ended", f"the probe has {before.state}: there is nothing to cancel")
+        raise ProblemError("already-ended", f"the probe ended as {before.state}: there is nothing to cancel")
     record = services.queue.cancel(probe_id)
     http.app.state.notify()
     if record is None:
