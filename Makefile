@@ -32,6 +32,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python tests/benchmarks/search_cost.py
 	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python tests/benchmarks/plan_rate.py
+	$(BIN)/python tests/benchmarks/accumulator_overhead.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Runs a script as `python script.py` does, and ends with its last line. The interpreter's own way out can abort where backward
+# ran on a card shortly before: torch's thread then lets go of a Python object too late (seen with torch 2.15, one run in some).
+_TO_ITS_LAST_LINE = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
+"""
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -55,10 +65,11 @@ class ScriptRunner:
         *arguments: str,
         variables: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        options: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
         """Start a script on a machine, its output piped."""
         return subprocess.Popen(
-            [python, str(script), *arguments],
+            [python, *options, str(script), *arguments],
             env={**script_environment(machine), **(variables or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -77,7 +88,9 @@ class ScriptRunner:
     ) -> ScriptRun:
         """Run a script to its end on a machine of its own, and read the JSON that it prints last."""
         with self.open(*cards, tenant_bytes=tenant_bytes) as machine:
-            process = self.start(machine, script, *arguments, variables=variables, python=python)
+            process = self.start(
+                machine, script, *arguments, variables=variables, python=python, options=("-c", _TO_ITS_LAST_LINE)
+            )
             output, errors = process.communicate(timeout=240)
             assert process.returncode == 0, f"{script.name} ended with {process.returncode}\n{errors[-4000:]}"
             return ScriptRun(answer=json.loads(output.splitlines()[-1]), unsupported_calls=machine.unsupported_calls())
