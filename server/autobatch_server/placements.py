@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from autobatch import PlanError
 from autobatch_server.answers import Answer, SeriesSource, answer_question
 from autobatch_server.gpus import canonical_gpu
-from autobatch_server.problems import ProblemError
-from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
+from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.schemas import Candidate, Placement, PlacementList, PlacementRequest
 
 if TYPE_CHECKING:
@@ -92,12 +91,9 @@ def _consider(store: SeriesSource, workload: str, request: PlacementRequest, can
     options = make_options(target=request.target, world_size=candidate.count, split=request.split)
     try:
         answer = answer_question(store, workload=workload, gpu=gpu, options=options)
-        refuse_long_plan(answer.plan)
     except PlanError as error:
         reason = refuse_plan(options, error).detail
         return _Considered(candidate=candidate, gpu=gpu, verdict="no_plan", reason=reason)
-    except ProblemError as problem:
-        return _Considered(candidate=candidate, gpu=gpu, verdict="no_plan", reason=problem.detail)
     reason = answer.reason
     if answer.missing_bytes:
         reason += f": at least {answer.missing_bytes} bytes too large"

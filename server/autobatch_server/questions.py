@@ -8,10 +8,9 @@ from autobatch import PlanError, ProbeOptions, UsageError
 from autobatch_server.problems import ProblemError
 
 if TYPE_CHECKING:
-    from autobatch import Plan
     from autobatch_server.schemas import SplitName
 
-__all__ = ["LONGEST_PLAN", "make_options", "refuse_long_plan", "refuse_plan"]
+__all__ = ["LONGEST_PLAN", "make_options", "refuse_plan"]
 
 LONGEST_PLAN = 10_000
 """Most sizes that a plan lists in an answer to a query: the library's own bound would make answers of megabytes."""
@@ -63,18 +62,3 @@ def refuse_plan(options: ProbeOptions, error: PlanError) -> ProblemError:
     near = f"{below} or {above}" if below else str(above)
     others = "" if options.split == "balanced" or options.multiple_of > 1 else ", split=balanced hits it exactly"
     return ProblemError("no-plan", f"{what}: target {near} can be{others}")
-
-
-def refuse_long_plan(plan: Plan | None) -> None:
-    """Refuse a plan that would make too long an answer.
-
-    Raises:
-        ProblemError: it lists more than `LONGEST_PLAN` sizes.
-    """
-    if plan is None:
-        return
-    ranks = plan.rank_micro_batch_sizes or (plan.micro_batch_sizes,)
-    listed = sum(map(len, ranks))
-    if listed > LONGEST_PLAN:
-        detail = f"the plan lists {listed} micro-batches, here at most {LONGEST_PLAN} are: take a smaller target or more ranks"
-        raise ProblemError("no-plan", detail)

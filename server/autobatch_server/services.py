@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["AnswerCache", "SeriesMemory", "Services", "Streams", "open_services"]
 
 _MOST_ANSWER_BYTES = 16 * 1024**2
-_LARGEST_ANSWER_BYTES = 65536
+# What is longer is not remembered: some thousands of answers are, and anyone may pad a query.
+_LONGEST_QUERY, _LONGEST_BODY = 1024, 8192
 # Of up to fifty reports each, some ten kilobytes a report.
 _MOST_SERIES = 256
 
@@ -52,11 +53,11 @@ class AnswerCache:
 
     def put(self, number: int, query: bytes, body: bytes, tag: str, verdict: str) -> None:
         """Keep an answer that was made from what the database held under a number."""
-        size = len(query) + len(body)
-        if number != self._number or size > _LARGEST_ANSWER_BYTES or query in self._answers:
+        is_long = len(query) > _LONGEST_QUERY or len(body) > _LONGEST_BODY
+        if number != self._number or is_long or query in self._answers:
             return
         self._answers[query] = (body, tag, verdict)
-        self._num_bytes += size
+        self._num_bytes += len(query) + len(body)
         while self._num_bytes > _MOST_ANSWER_BYTES:
             oldest, (old_body, _, _) = self._answers.popitem(last=False)
             self._num_bytes -= len(oldest) + len(old_body)

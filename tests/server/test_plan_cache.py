@@ -114,14 +114,15 @@ def test_queries_that_differ_have_answers_of_their_own(service: RunningService) 
 def test_what_is_remembered_has_an_end() -> None:
     """The oldest answers go; a large one is not kept at all, nor one made from what has changed since."""
     cache = AnswerCache()
-    body = b"x" * 60_000
+    body = b"x" * 8_000
     assert cache.get(1, b"0") is None
-    for number in range(400):
+    for number in range(3000):
         cache.put(1, str(number).encode(), body, "tag", "fits")
-    kept = [number for number in range(400) if cache.get(1, str(number).encode())]
-    assert kept == list(range(400 - len(kept), 400))
-    assert 250 <= len(kept) <= 280
-    cache.put(1, b"large", b"x" * 70_000, "tag", "fits")
+    kept = [number for number in range(3000) if cache.get(1, str(number).encode())]
+    assert kept == list(range(3000 - len(kept), 3000))
+    assert 2_090 <= len(kept) <= 2_100
+    cache.put(1, b"large", b"x" * 9_000, "tag", "fits")
+    cache.put(1, b"q" * 2_000, b"", "tag", "fits")
     cache.put(0, b"stale", b"", "tag", "fits")
-    assert cache.get(1, b"large") is cache.get(1, b"stale") is None
+    assert cache.get(1, b"large") is cache.get(1, b"stale") is cache.get(1, b"q" * 2_000) is None
     assert cache.get(2, b"399") is None

@@ -13,7 +13,7 @@ from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.placements import rank_candidates
 from autobatch_server.problems import ProblemError, problem_responses
-from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
+from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.remembered import tagged
 from autobatch_server.routes.parts import COMMON_PROBLEMS, JSON_PROBLEMS, Reader, Served
 from autobatch_server.schemas import (
@@ -32,8 +32,6 @@ from autobatch_server.services import Services
 
 __all__ = ["router"]
 
-# What is longer is not remembered: some thousands of answers are, and anyone may pad a query.
-_LONGEST_QUERY, _LONGEST_BODY = 1024, 8192
 _TAGS = {
     "ETag": {
         "description": "changes with the answer: send it as If-None-Match",
@@ -108,14 +106,11 @@ async def get_plan(
         answer = answer_question(known, workload=str(job), gpu=card, options=options, basis=basis)
     except PlanError as error:
         raise refuse_plan(options, error) from None
-    refuse_long_plan(answer.plan)
     form = _plan_answer(answer, workload=str(job), gpu=card, target=target, world_size=world_size, split=split)
     body = form.model_dump_json().encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     services.metrics.count_answer(answer.verdict)
-    query: bytes = http.scope["query_string"]
-    if len(query) <= _LONGEST_QUERY and len(body) <= _LONGEST_BODY:
-        services.answers.put(number, query, body, tag, answer.verdict)
+    services.answers.put(number, http.scope["query_string"], body, tag, answer.verdict)
     return tagged(if_none_match, body, tag)
 
 

@@ -19,7 +19,7 @@ from autobatch_server.answers import answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.measurements import Measurement, iso_time
 from autobatch_server.problems import ProblemError, problem_responses
-from autobatch_server.questions import make_options, refuse_long_plan, refuse_plan
+from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.queue import ENDED, Order, ProbeRecord, State, Submission
 from autobatch_server.routes.parts import BODY_PROBLEMS, COMMON_PROBLEMS, JSON_PROBLEMS, Prober, Reader, Served
 from autobatch_server.schemas import BasisName, Event, KnownForm, ProbeForm, ProbeList, ProbeRequest, ProblemSummary
@@ -238,15 +238,13 @@ def _plan_for(services: Services, measurement: Measurement, request: ProbeReques
         multiple_of=request.multiple_of,
         tolerance=request.tolerance,
     )
-    plan = answer_question(
+    return answer_question(
         services.measurements,
         workload=measurement.workload,
         gpu=measurement.gpu,
         options=options,
         basis=measurement.report.basis,
     ).plan
-    refuse_long_plan(plan)
-    return plan
 
 
 def probe_form(services: Services, record: ProbeRecord, *, last_event: int = 0, with_plan: bool = True) -> ProbeForm:
