@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import pytest
 
 import autobatch
 from autobatch import errors
+from autobatch.cli import main
 from autobatch.cli.flags import default_text
 from autobatch.cli.settings import read_settings
 from autobatch.options import ProbeOptions
@@ -19,7 +23,8 @@ from autobatch.present.formats import plan_as_environment
 if TYPE_CHECKING:
     from conftest import ScriptRunner
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table_after(heading: str) -> list[list[str]]:
@@ -108,6 +113,24 @@ def test_the_library_example_trains(own_words: dict[str, Any]):
 def test_the_job_example_makes_gradients(own_words: dict[str, Any]):
     """The factory makes a job whose micro-step runs forward and backward."""
     assert own_words["gradients"]
+
+
+def test_the_accumulation_example_trains_and_is_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Thirty updates of 100, each in balanced micro-batches, whose loss falls; and `check` finds its parts equal."""
+    path = tmp_path / "accumulate.py"
+    path.write_text(block("python", "# accumulate.py"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
+    assert [int(line[0]) for line in lines] == [5, 10, 15, 20, 25, 30]
+    losses = [float(line[1]) for line in lines]
+    assert losses[-1] < losses[0] / 2
+    assert all(line[2].startswith("(25, 25, 25, 25)") for line in lines)
+    assert main(["check", f"{path}:parts"]) == 0
+    assert "equal" in capsys.readouterr().out
 
 
 def test_the_exit_code_table_has_every_code():

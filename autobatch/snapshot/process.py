@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from autobatch.snapshot.digest import Digest
 
-__all__ = ["ProcessState", "read_generators", "write_generators"]
+__all__ = ["Generator", "ProcessState", "other_generators", "torch_generators"]
 
 
 class ProcessState:
@@ -26,7 +26,7 @@ class ProcessState:
     def __init__(self) -> None:
         self._switches = list(_switches())
         self._values = [_read(read) for _, read, _ in self._switches]
-        self._generators = list(_generators())
+        self._generators = [*other_generators(), *torch_generators()]
         self._states = [read() for _, read, _ in self._generators]
 
     def actions(self) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -50,15 +50,28 @@ class ProcessState:
             digest.add_value(state)
 
 
-def read_generators() -> list[tuple[Callable[[Any], object], object]]:
-    """Read every random generator: how to write each, and what it holds now."""
-    return [(write, read()) for _, read, write in _generators()]
+Generator = tuple[str, "Callable[[], Any]", "Callable[[Any], object]"]
+"""Name of a random generator, how to read its state and how to write it."""
 
 
-def write_generators(kept: Iterable[tuple[Callable[[Any], object], object]]) -> None:
-    """Put back what `read_generators` gave."""
-    for write, state in kept:
-        write(state)
+def torch_generators() -> Iterator[Generator]:
+    """Yield torch's generators: the CPU's, and those of CUDA's devices where CUDA was initialized."""
+    import torch
+
+    yield "torch", torch.get_rng_state, torch.set_rng_state
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    if is_initialized():
+        for index in range(torch.cuda.device_count()):
+            read, write = partial(torch.cuda.get_rng_state, index), partial(torch.cuda.set_rng_state, device=index)
+            yield f"torch.cuda:{index}", read, write
+
+
+def other_generators() -> Iterator[Generator]:
+    """Yield Python's generator, and numpy's where numpy was loaded."""
+    yield "random", random.getstate, random.setstate
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        yield "numpy.random", numpy_random.get_state, numpy_random.set_state
 
 
 _UNREADABLE = object()
@@ -98,18 +111,3 @@ def _switches() -> Iterator[tuple[str, Callable[[], object], Callable[[Any], obj
     yield "deterministic algorithms", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
     yield "default dtype", torch.get_default_dtype, torch.set_default_dtype
     yield "grad mode", torch.is_grad_enabled, torch.set_grad_enabled
-
-
-def _generators() -> Iterator[tuple[str, Callable[[], object], Callable[[Any], object]]]:
-    import torch
-
-    yield "random", random.getstate, random.setstate
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        yield "numpy.random", numpy_random.get_state, numpy_random.set_state
-    yield "torch", torch.get_rng_state, torch.set_rng_state
-    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-    if is_initialized():
-        for index in range(torch.cuda.device_count()):
-            read, write = partial(torch.cuda.get_rng_state, index), partial(torch.cuda.set_rng_state, device=index)
-            yield f"torch.cuda:{index}", read, write

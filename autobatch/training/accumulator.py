@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autobatch.errors import NothingFitsError, UsageError
 from autobatch.gpu.oom import FailureKind, classify
 from autobatch.training.batches import batch_size, split_batch
 from autobatch.training.ranks import RankGradients, gradients_of
+from autobatch.training.update import Update
 from autobatch.training.window import Piece, Window, WindowResult, WindowStart
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
     from autobatch.plan import Plan
-
-    _Scheduler = LRScheduler | ReduceLROnPlateau
+    from autobatch.training.update import Scheduler
 
 __all__ = ["Accumulator", "MemoryEvent", "WindowResult"]
 
@@ -76,7 +75,7 @@ class Accumulator:
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        scheduler: _Scheduler | Sequence[_Scheduler] | None = None,
+        scheduler: Scheduler | Sequence[Scheduler] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float | None = None,
         loss_reduction: Reduction = "mean",
@@ -110,10 +109,8 @@ class Accumulator:
         Raises:
             UsageError: a part is not as it should be, or the ranks are not as many as the plan's.
         """
-        self._plan, self._model = plan, model
-        self._optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-        self._schedulers = tuple(scheduler) if isinstance(scheduler, Sequence) else (scheduler,) if scheduler else ()
-        self._scaler, self._max_grad_norm = scaler, max_grad_norm
+        self._plan = plan
+        self._update = Update(optimizer, scheduler, scaler, max_grad_norm)
         self._reduction, self._count = loss_reduction, count
         self._last_window, self._on_event = last_window, on_event
         self._split, self._size = split, size
@@ -137,8 +134,6 @@ class Accumulator:
         ):
             if value not in allowed:
                 raise UsageError(f"{name} {value!r} is unknown; choose {', '.join(allowed)}")
-        if self._max_grad_norm is not None and not self._max_grad_norm > 0:
-            raise UsageError(f"max_grad_norm {self._max_grad_norm} is not above 0; leave it out to clip nothing")
         if self._count is not None and self._reduction == "sum":
             raise UsageError("count says what a mean counts; a loss that is a sum takes none")
         if self._ranks.averaged_over != plan.world_size:
@@ -154,12 +149,6 @@ class Accumulator:
                 "on_oom='split' needs every rank to agree that a window is done again, which DDP and FSDP cannot once a backward "
                 "failed: take on_oom='raise', and plan with more headroom"
             )
-
-    def _parameters(self) -> list[torch.Tensor]:
-        """Read anew each time: groups are added where layers are thawed."""
-        return [
-            value for optimizer in self._optimizers for group in optimizer.param_groups for value in group["params"]
-        ]
 
     # ---- what a training loop calls ---------------------------------------------------------------------------------
 
@@ -197,18 +186,20 @@ class Accumulator:
         window = self._begin()
         try:
             # Known before the first backward: every weight is exact from the start.
-            pieces = self._cut([batch])
-            counted = sum(piece.counted for piece in pieces)
-            window.expected = self._ranks.total(counted) if self._reduction == "mean" else counted
-            self._ranks.check_same(len(self._sizes(samples)))
-            self._run(window, batch, pieces, loss_fn, last=True)
-            return self._close(window)
+            pieces = self._cut(batch, samples)
+            window.expected, late = self._meet(sum(piece.counted for piece in pieces))
+            self._ranks.check_same(len(pieces))
+            self._run(window, batch, pieces, loss_fn, last=not late)
+            return self._close(window, late=late)
         except BaseException:
             self._abandon(window)
             raise
 
     def add(self, micro_batch: Any, loss_fn: Callable[[Any], torch.Tensor]) -> WindowResult | None:
         """Train on one micro-batch, and step with the last of a window.
+
+        Under FSDP2 each runs when the next comes, or at `finish`: gradients are sharded by the backward of the last, and
+        which that is shows only then.
 
         Args:
             micro_batch: the next one, as `PlanBatchSampler` gives them.
@@ -230,47 +221,80 @@ class Accumulator:
         try:
             if not window.given:
                 window.expected = self._estimate(micro_batch, samples)
-            last = window.given + 1 == self._plan.accumulation_steps
-            if last and self._ranks.holds_whole:
-                self._weigh_exactly(window, self._counted(micro_batch, samples))
-            self._run(window, micro_batch, self._cut([micro_batch]), loss_fn, last=last)
-            if not last:
-                return None
-            if not self._ranks.holds_whole:
-                self._weigh_exactly(window)
-            return self._close(window)
+            window.given += 1
+            last, late = window.given == self._plan.accumulation_steps, False
+            if self._ranks.holds_whole:
+                if last:
+                    total, late = self._meet(window.counted + self._counted(micro_batch, samples))
+                    self._weigh_exactly(window, total)
+                self._run(window, micro_batch, self._cut(micro_batch, samples), loss_fn, last=last and not late)
+            else:
+                self._run_waiting(window, last=False)
+                window.waiting = (micro_batch, samples, loss_fn)
+                if last:
+                    self._run_waiting(window, last=True)
+                    self._weigh_exactly(window, self._meet(window.counted)[0])
+            return self._close(window, late=late) if last else None
         except BaseException:
             self._abandon(window)
             raise
+
+    def _run_waiting(self, window: Window, *, last: bool) -> None:
+        """Run the micro-batch that was held back, since nobody knew whether it is the window's last."""
+        if window.waiting is not None:
+            batch, samples, loss_fn = window.waiting
+            window.waiting = None
+            self._run(window, batch, self._cut(batch, samples), loss_fn, last=last)
 
     def finish(self) -> WindowResult | None:
         """End an epoch: an incomplete window is stepped, carried or dropped, as `last_window` says.
 
-        Every rank calls it: where one holds an incomplete window, the others step with it, whether they hold one or not.
+        Every rank calls it: where one holds an incomplete window, the others step with it, whether they hold one or not. Under
+        DDP a rank whose data end early waits here and steps with the others until theirs end too, so that all make as many
+        steps; to `carry` or `drop`, ranks need equally many whole windows.
 
         Returns:
-            What the step came to; None where nothing was held, or it was carried or dropped.
+            What the last step came to; None where nothing was held, or it was carried or dropped.
 
         Raises:
-            UsageError: an incomplete window is to be stepped under FSDP2.
+            UsageError: under FSDP2, ranks hold different numbers of micro-batches.
         """
-        window = self._open
         if self._last_window == "carry":
             return None
         if self._last_window == "drop":
-            if window is not None:
-                self._abandon(window)
+            if self._open is not None:
+                self._abandon(self._open)
             return None
-        if not self._ranks.total(0 if window is None else window.samples):
-            return None
-        window = window or self._begin()
+        result = None
+        while True:
+            held = self._open
+            counted, given = (0.0, 0) if held is None else (held.counted, held.given)
+            total, all_given, finishing = self._ranks.totals(counted, given, 1)
+            everyone = finishing == self._ranks.averaged_over
+            if everyone and not all_given:
+                return result
+            result = self._step_late(total)
+            if everyone:
+                return result
+
+    def _step_late(self, total: float) -> WindowResult:
+        """Step an incomplete window, or an empty one with ranks that hold one."""
+        window = self._open or self._begin()
         try:
-            self._weigh_exactly(window)
-            self._ranks.meet_late()
-            return self._close(window)
+            if not self._ranks.holds_whole:
+                self._ranks.check_same(window.given)
+                self._run_waiting(window, last=True)
+                total = self._ranks.totals(window.counted)[0]
+            self._weigh_exactly(window, total)
+            return self._close(window, late=True)
         except BaseException:
             self._abandon(window)
             raise
+
+    def _meet(self, counted: float) -> tuple[float, bool]:
+        """What the window counts over all ranks, and whether a rank has no backward left by which gradients could meet."""
+        total, _, finishing = self._ranks.totals(counted, 0, 0)
+        return total, finishing > 0
 
     def step_plateau(self, metric: float | torch.Tensor) -> None:
         """Step a `ReduceLROnPlateau` with its metric, at a boundary.
@@ -280,14 +304,7 @@ class Accumulator:
         """
         if not self.at_boundary:
             raise UsageError("gradients are held: evaluate and step the plateau where at_boundary is true")
-        plateaus = [scheduler for scheduler in self._schedulers if _is_plateau(scheduler)]
-        if not plateaus:
-            kinds = ", ".join(type(scheduler).__name__ for scheduler in self._schedulers) or "none"
-            raise UsageError(
-                f"the scheduler is {kinds}, which takes no metric: step_plateau is for ReduceLROnPlateau alone"
-            )
-        for scheduler in plateaus:
-            scheduler.step(metric)
+        self._update.step_plateaus(metric)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on exactly, besides the model's, the optimizers' and the scheduler's own state.
@@ -322,21 +339,20 @@ class Accumulator:
     # ---- a window ---------------------------------------------------------------------------------------------------
 
     def _begin(self) -> Window:
-        if any(parameter.grad is not None for parameter in self._parameters()):
-            self._zero()  # what an evaluation or another loop left must not be counted in
+        if self._update.gradients():
+            self._update.zero()  # what an evaluation or another loop left must not be counted in
         self._start.keep()
         self._open = Window(expected=float(self._plan.effective_batch_size))
         return self._open
 
     def _run(self, window: Window, batch: Any, pieces: Sequence[Piece], loss_fn: _LossFn, *, last: bool) -> None:
         """Run what came newly; after an out-of-memory error all of the window again, in smaller micro-batches."""
-        window.given += 1
         if self._retries:
             window.retained.append(batch)
         while (failure := self._attempt(window, pieces, loss_fn, last=last)) is not None:
             # Outside of the except clause: its frames held the tensors that are to be freed.
             self._shrink(window, failure)
-            pieces = self._cut(window.retained)
+            pieces = [piece for kept in window.retained for piece in self._cut(kept, self._size(kept))]
 
     def _attempt(self, window: Window, pieces: Sequence[Piece], loss_fn: _LossFn, *, last: bool) -> _Failure | None:
         for position, piece in enumerate(pieces, start=1):
@@ -355,7 +371,7 @@ class Accumulator:
             # A mean over nothing is not a number, and would make gradients so; only ranks that wait need its backward.
             if self._reduction == "sum" or piece.counted or self._ranks.averaged_over > 1:
                 weighted = loss * self._weight(piece.counted, window.expected)
-                (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()
+                self._update.scaled(weighted).backward()
         window.add(loss.detach(), piece, is_mean=self._reduction == "mean")
 
     def _weight(self, counted: float, expected: float) -> float:
@@ -377,19 +393,16 @@ class Accumulator:
             return whole
         expected = self._counted(first, samples) / samples * whole
         if not self._ranks.holds_whole:  # gradients meet before they are mended: all ranks need the same
-            expected = self._ranks.total(expected) / self._ranks.averaged_over
+            expected = self._ranks.totals(expected)[0] / self._ranks.averaged_over
         return expected or whole
 
-    def _cut(self, batches: Sequence[Any]) -> list[Piece]:
-        pieces = []
-        for batch in batches:
-            sizes = self._sizes(self._size(batch))
-            parts = [batch] if len(sizes) == 1 else self._split(batch, sizes)
-            pieces += [
-                Piece(batch=part, samples=samples, counted=self._counted(part, samples))
-                for part, samples in zip(parts, sizes, strict=True)
-            ]
-        return pieces
+    def _cut(self, batch: Any, samples: int) -> list[Piece]:
+        sizes = self._sizes(samples)
+        parts = [batch] if len(sizes) == 1 else self._split(batch, sizes)
+        return [
+            Piece(batch=part, samples=size, counted=self._counted(part, size))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def _sizes(self, samples: int) -> tuple[int, ...]:
         """Sizes as the plan has them where they fit still and the window is whole, else as equal as can be."""
@@ -423,7 +436,7 @@ class Accumulator:
 
     def _put_back(self, window: Window) -> None:
         window.reset()
-        self._zero()
+        self._update.zero()
         self._start.put_back()
 
     def _abandon(self, window: Window) -> None:
@@ -432,66 +445,32 @@ class Accumulator:
             self._open = None
             self._put_back(window)
 
-    def _zero(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     # ---- the end of a window ----------------------------------------------------------------------------------------
 
-    def _close(self, window: Window) -> WindowResult:
-        norm = self._clip()
+    def _close(self, window: Window, *, late: bool) -> WindowResult:
+        if late:
+            self._ranks.meet_late()
+        self._start.end()
+        norm = self._update.clip()
         # From here on nothing is undone: an error inside optimizer.step() may leave parameters half updated.
         self._open = None
-        try:
-            stepped = self._step_optimizers()
-        finally:
-            self._zero()
+        stepped = self._update.step()
         self.samples_seen += window.samples
         if stepped:
             self.optimizer_steps += 1
-            for scheduler in self._schedulers:
-                if not _is_plateau(scheduler):
-                    scheduler.step()
         else:
             self.skipped_steps += 1
         return window.result(norm, stepped=stepped, is_mean=self._reduction == "mean")
 
-    def _weigh_exactly(self, window: Window, still_to_come: float = 0.0) -> None:
-        """Weigh what ran by what the window really holds over all ranks, and what comes by the same."""
+    def _weigh_exactly(self, window: Window, total: float) -> None:
+        """Weigh what ran by what the window really counts over all ranks, and what comes by the same."""
         import torch
 
-        if self._reduction == "sum":
-            return
-        total = self._ranks.total(window.counted + still_to_come)
-        if total and total != window.expected:
-            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        if self._reduction == "mean" and total and total != window.expected:
+            gradients = self._update.gradients()
             if gradients:
                 torch._foreach_mul_(gradients, window.expected / total)
             window.expected = total
-
-    def _clip(self) -> torch.Tensor | None:
-        import torch
-
-        if self._scaler is not None and self._max_grad_norm is not None:
-            for optimizer in self._optimizers:
-                self._scaler.unscale_(optimizer)
-        if self._max_grad_norm is None:
-            return None
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
-        # Of sharded parameters each rank has a part of the norm until it is asked for the whole.
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def _step_optimizers(self) -> bool:
-        if self._scaler is None:
-            for optimizer in self._optimizers:
-                optimizer.step()
-            return True
-        for optimizer in self._optimizers:
-            self._scaler.step(optimizer)
-        before = self._scaler.get_scale()
-        self._scaler.update()
-        # The scale falls where a step was skipped, and only there (torch.amp.GradScaler.update's documentation).
-        return self._scaler.get_scale() >= before
 
 
 _COUNTERS = ("optimizer_steps", "skipped_steps", "samples_seen")
@@ -517,12 +496,6 @@ def _sizes_of_rank(plan: Plan, ranks: RankGradients) -> tuple[int, ...]:
 def _is_memory(error: BaseException) -> bool:
     verdict = classify(error, device_nearly_full=False, smaller_size_ran=False)
     return verdict.kind is FailureKind.MEMORY and not verdict.context_lost
-
-
-def _is_plateau(scheduler: object) -> TypeGuard[ReduceLROnPlateau]:
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-    return isinstance(scheduler, ReduceLROnPlateau)
 
 
 def _check_loss(loss: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from autobatch.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
 
 __all__ = ["batch_size", "split_batch"]
 
@@ -48,11 +48,8 @@ def split_batch(batch: Any, sizes: Sequence[int]) -> list[Any]:
     Returns:
         One batch of the same form for each size.
     """
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(_cut(batch, start, start + size))
-        start += size
-    return pieces
+    ends = list(itertools.accumulate(sizes))
+    return _cut(batch, [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)])
 
 
 def _sizes(batch: object) -> Iterator[int]:
@@ -85,19 +82,20 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _cut(batch: Any, start: int, stop: int) -> Any:
+def _cut(batch: Any, rows: Sequence[slice]) -> list[Any]:
+    """One batch for each range of rows; a tree is walked once, however many they are."""
     if _is_tensor(batch):
-        tensor: torch.Tensor = batch
-        return tensor if tensor.dim() == 0 else tensor[start:stop]
+        return [batch if batch.dim() == 0 else batch[part] for part in rows]
     if isinstance(batch, Mapping):
-        parts = {key: _cut(value, start, stop) for key, value in batch.items()}
+        values = zip(*(_cut(value, rows) for value in batch.values()), strict=True)
+        parts = [dict(zip(batch, cut, strict=True)) for cut in values] or [{} for _ in rows]
         # A tokenizer's batch is a mapping with methods of its own: its class is kept where it takes one mapping.
-        return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
+        return parts if type(batch) is dict else [type(batch)(part) for part in parts]  # type: ignore[call-arg]
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         if not any(_has_tensor(item) for item in batch):
-            return batch[start:stop]
-        items = [_cut(item, start, stop) for item in batch]
+            return [batch[part] for part in rows]
+        items = zip(*(_cut(item, rows) for item in batch), strict=True)
         if hasattr(batch, "_fields"):  # a named tuple
-            return type(batch)(*items)
-        return tuple(items) if isinstance(batch, tuple) else items
-    return batch
+            return [type(batch)(*cut) for cut in items]
+        return list(items) if isinstance(batch, tuple) else [list(cut) for cut in items]
+    return [batch] * len(rows)

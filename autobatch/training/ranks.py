@@ -38,8 +38,8 @@ class RankGradients(Protocol):
     def holds_whole(self) -> bool:
         """Whether `.grad` holds, before the last backward, what the earlier ones of a window gave."""
 
-    def total(self, count: float) -> float:
-        """The sum over all ranks."""
+    def totals(self, *counts: float) -> tuple[float, ...]:
+        """The sums over all ranks; every rank waits here for the others."""
 
     def meet_late(self) -> None:
         """Let gradients meet that no last backward brought together."""
@@ -61,9 +61,9 @@ class AloneRank:
         del last
         return contextlib.nullcontext()
 
-    def total(self, count: float) -> float:
-        """The count itself."""
-        return count
+    def totals(self, *counts: float) -> tuple[float, ...]:
+        """The counts themselves."""
+        return counts
 
     def meet_late(self) -> None:
         """Nothing is to be brought together."""
@@ -85,14 +85,14 @@ class _DistributedRank:
         self.averaged_over = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def total(self, count: float) -> float:
-        """The sum over all ranks, by one small collective."""
+    def totals(self, *counts: float) -> tuple[float, ...]:
+        """The sums over all ranks, by one small collective."""
         import torch
         import torch.distributed as dist
 
-        number = torch.tensor([count], dtype=torch.float64, device=self._device())
-        dist.all_reduce(number, group=self._group)
-        return float(number.item())
+        numbers = torch.tensor(counts, dtype=torch.float64, device=self._device())
+        dist.all_reduce(numbers, group=self._group)
+        return tuple(numbers.tolist())
 
     def _device(self) -> torch.device:
         import torch
@@ -153,11 +153,7 @@ class _FsdpRank(_DistributedRank):
         yield
 
     def meet_late(self) -> None:
-        """Refused: gradients that were held back are whole on each rank, and only a backward shards them."""
-        raise UsageError(
-            "an incomplete window cannot be stepped under FSDP2 once its micro-batches ran one by one: give whole batches to "
-            "step(), or take last_window='drop' or 'carry'"
-        )
+        """Nothing: the backward of the micro-batch that waited brought them together."""
 
     def check_same(self, number: int) -> None:
         """Every forward gathers the parameters from all ranks: unequal numbers would wait for ever."""

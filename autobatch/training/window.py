@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autobatch.snapshot.process import read_generators, write_generators
+from autobatch.training.randomness import KeptGenerators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,9 @@ class Window:
         self.expected = expected
         """What all micro-batches of all ranks are taken to count, by which each is weighted."""
         self.given = 0
-        """Batches that the caller gave."""
+        """Micro-batches that the caller gave."""
+        self.waiting: tuple[Any, int, Callable[[Any], torch.Tensor]] | None = None
+        """A micro-batch held back, its samples and its loss function."""
         self.retained: list[Any] = []
         """Those batches, where the window can be done again."""
         self.reset()
@@ -104,7 +106,7 @@ class WindowStart:
         self._buffers: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
         self._held: list[torch.Tensor | None] = []
-        self._generators: list[tuple[Callable[[Any], object], object]] = []
+        self._generators = KeptGenerators()
 
     def keep(self) -> None:
         """Keep the state as it is now."""
@@ -117,7 +119,11 @@ class WindowStart:
             self._buffers = list(distinct.values())
             self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         _copy(self._buffers, self._copies)
-        self._generators = read_generators()
+        self._generators.keep()
+
+    def end(self) -> None:
+        """Take note that the window ran to its end."""
+        self._generators.end()
 
     def put_back(self) -> None:
         """Put the kept state back, in place; a buffer that was replaced becomes the earlier one again."""
@@ -125,7 +131,7 @@ class WindowStart:
             if buffers.get(name) is not buffer:
                 buffers[name] = buffer
         _copy(self._copies, self._buffers)
-        write_generators(self._generators)
+        self._generators.put_back()
 
 
 def _is_expanded(buffer: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 EVERY = 3
 
@@ -16,7 +15,9 @@ def main() -> dict[str, object]:
     x, y = torch.randn(96, 4), torch.randn(96, 1)
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    accumulator = Accumulator(autobatch.make_plan(target=8, max_micro_batch_size=2), model=model, optimizer=optimizer)
+    accumulator = autobatch.Accumulator(
+        autobatch.make_plan(target=8, max_micro_batch_size=2), model=model, optimizer=optimizer
+    )
     evaluated_at, held, boundaries = [], 0, []
     for micro_batch in zip(x.split(2), y.split(2), strict=True):
         result = accumulator.add(micro_batch, lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1]))

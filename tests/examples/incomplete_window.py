@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 X = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64)
 Y = 2 * X
@@ -60,7 +59,7 @@ def by_accumulator(loss: Loss, *, reduction: str) -> list[float]:
     model, gradients = fresh_model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.append(model.weight.grad.item()))  # type: ignore[union-attr]
-    accumulator = Accumulator(
+    accumulator = autobatch.Accumulator(
         autobatch.make_plan(target=4, max_micro_batch_size=MICRO_BATCH_SIZE),
         model=model,
         optimizer=optimizer,

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 VOCABULARY, IGNORED, LENGTHS = 17, -100, (3, 12, 7, 5)
 RANKS = 2
@@ -76,7 +75,7 @@ def on_rank(rank: int, model: nn.Module, *, weighted: bool) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_of(model)))
-    accumulator = Accumulator(
+    accumulator = autobatch.Accumulator(
         autobatch.make_plan(target=len(LENGTHS), max_micro_batch_size=1, world_size=RANKS),
         model=model,
         optimizer=optimizer,

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 WARM_UP, UPDATES, PEAK = 4, 12, 0.1
 PLAN = autobatch.make_plan(target=4, max_micro_batch_size=1)
@@ -21,7 +20,7 @@ def fresh() -> tuple[nn.Linear, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=PEAK)
 
 
-def update(accumulator: Accumulator, model: nn.Linear) -> list[float]:
+def update(accumulator: autobatch.Accumulator, model: nn.Linear, optimizer: torch.optim.Optimizer) -> list[float]:
     """One optimizer step of four micro-batches: the rate that each of them saw."""
     rates = []
 
@@ -29,13 +28,13 @@ def update(accumulator: Accumulator, model: nn.Linear) -> list[float]:
         return model(batch).square().mean()
 
     for micro_batch in torch.ones(4, 2).split(1):
-        rates.append(rate(accumulator))
+        rates.append(rate(optimizer))
         accumulator.add(micro_batch, loss)
     return rates
 
 
-def rate(accumulator: Accumulator) -> float:
-    return float(accumulator._optimizers[0].param_groups[0]["lr"])
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
 
 
 def warm_up_then_decay() -> list[list[float]]:
@@ -44,8 +43,8 @@ def warm_up_then_decay() -> list[list[float]]:
     scheduler = LambdaLR(
         optimizer, lambda step: (step + 1) / WARM_UP if step < WARM_UP else (UPDATES - step) / (UPDATES - WARM_UP)
     )
-    accumulator = Accumulator(PLAN, model=model, optimizer=optimizer, scheduler=scheduler)
-    return [*(update(accumulator, model) for _ in range(UPDATES)), [rate(accumulator)]]
+    accumulator = autobatch.Accumulator(PLAN, model=model, optimizer=optimizer, scheduler=scheduler)
+    return [*(update(accumulator, model, optimizer) for _ in range(UPDATES)), [rate(optimizer)]]
 
 
 def plateau() -> list[float]:
@@ -54,12 +53,12 @@ def plateau() -> list[float]:
     scheduler = ReduceLROnPlateau(
         optimizer, factor=0.1, patience=1, threshold=0.01, threshold_mode="abs", min_lr=1e-3, eps=1e-8
     )
-    accumulator = Accumulator(PLAN, model=model, optimizer=optimizer, scheduler=scheduler)
+    accumulator = autobatch.Accumulator(PLAN, model=model, optimizer=optimizer, scheduler=scheduler)
     rates = []
     for metric in (1.0, 0.995, 0.995, 0.5, 0.5, 0.5, 0.5, 0.5):
-        update(accumulator, model)
+        update(accumulator, model, optimizer)
         accumulator.step_plateau(metric)
-        rates.append(rate(accumulator))
+        rates.append(rate(optimizer))
     return rates
 
 
@@ -67,19 +66,19 @@ def by_hand_and_resumed() -> dict[str, Any]:
     """The rate set in `param_groups` holds, and a run resumed with its saved optimizer keeps it and its weights."""
     torch.manual_seed(0)
     model, optimizer = fresh()
-    accumulator = Accumulator(PLAN, model=model, optimizer=optimizer)
-    update(accumulator, model)
+    accumulator = autobatch.Accumulator(PLAN, model=model, optimizer=optimizer)
+    update(accumulator, model, optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.025
-    update(accumulator, model)
+    update(accumulator, model, optimizer)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), accumulator.state_dict()])
-    update(accumulator, model)
+    update(accumulator, model, optimizer)
 
     resumed_model, resumed_optimizer = fresh()
-    resumed = Accumulator(PLAN, model=resumed_model, optimizer=resumed_optimizer)
+    resumed = autobatch.Accumulator(PLAN, model=resumed_model, optimizer=resumed_optimizer)
     for part, state in zip((resumed_model, resumed_optimizer, resumed), saved, strict=True):
         part.load_state_dict(state)  # type: ignore[attr-defined]
-    rates = update(resumed, resumed_model)
+    rates = update(resumed, resumed_model, resumed_optimizer)
     return {
         "rates": rates,
         "steps": resumed.optimizer_steps,

@@ -1,7 +1,6 @@
 """Linear regression on 640 samples: batch 64 against 4 × 16, and batch 32 against 4 × 8 where only 8 fit.
 
-The latter makes as many updates in half the epochs. The loop written by hand divides each mean loss by the number of steps; the
-accumulator is given the loss as it is.
+The loop written by hand divides each mean loss by the number of steps; the accumulator is given the loss as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 SAMPLES, EPOCHS, LEARNING_RATE = 640, 500, 0.01
 TRUE_WEIGHTS, TRUE_BIAS = (5.0, 10.0), 1.0
@@ -32,11 +30,11 @@ def learned(model: nn.Linear) -> list[float]:
     return [*model.weight.flatten().tolist(), model.bias.item()]
 
 
-def train_whole(batch_size: int, epochs: int = EPOCHS) -> list[float]:
+def train_whole(batch_size: int) -> list[float]:
     """Every effective batch at once."""
     x, y = data()
     model, optimizer = fresh_model()
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for start in range(0, SAMPLES, batch_size):
             loss = nn.functional.mse_loss(model(x[start : start + batch_size]), y[start : start + batch_size])
             optimizer.zero_grad()
@@ -60,13 +58,13 @@ def train_by_hand(batch_size: int, micro_batch_size: int) -> list[float]:
     return learned(model)
 
 
-def train_accumulated(batch_size: int, micro_batch_size: int, epochs: int = EPOCHS) -> list[float]:
+def train_accumulated(batch_size: int, micro_batch_size: int) -> list[float]:
     """The same by the accumulator."""
     x, y = data()
     model, optimizer = fresh_model()
     plan = autobatch.make_plan(target=batch_size, max_micro_batch_size=micro_batch_size)
-    accumulator = Accumulator(plan, model=model, optimizer=optimizer)
-    for _ in range(epochs):
+    accumulator = autobatch.Accumulator(plan, model=model, optimizer=optimizer)
+    for _ in range(EPOCHS):
         for start in range(0, SAMPLES, batch_size):
             accumulator.step(
                 (x[start : start + batch_size], y[start : start + batch_size]),
@@ -80,8 +78,8 @@ def main() -> dict[str, list[float]]:
         "64 whole": train_whole(64),
         "64 by hand": train_by_hand(64, 16),
         "64 accumulated": train_accumulated(64, 16),
-        "32 whole": train_whole(32, EPOCHS // 2),
-        "32 accumulated": train_accumulated(32, 8, EPOCHS // 2),
+        "32 whole": train_whole(32),
+        "32 accumulated": train_accumulated(32, 8),
     }
 
 

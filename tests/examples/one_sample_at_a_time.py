@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 SAMPLES = [(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
 
@@ -47,7 +46,7 @@ def by_accumulator() -> list[float]:
     gradients: list[float] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(model)))
     plan = autobatch.make_plan(target=1, max_micro_batch_size=1)
-    accumulator = Accumulator(plan, model=model, optimizer=optimizer)
+    accumulator = autobatch.Accumulator(plan, model=model, optimizer=optimizer)
     for x, y in SAMPLES:
         accumulator.step(sample(x, y), lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1]))
     return gradients

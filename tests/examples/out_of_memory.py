@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator, MemoryEvent
 
 
 class Job:
@@ -21,8 +20,8 @@ class Job:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
         self.fails, self.large_calls = fails, 0
-        self.events: list[MemoryEvent] = []
-        self.accumulator = Accumulator(
+        self.events: list[autobatch.MemoryEvent] = []
+        self.accumulator = autobatch.Accumulator(
             autobatch.make_plan(target=16, max_micro_batch_size=4),
             model=self.model,
             optimizer=torch.optim.AdamW(self.model.parameters(), lr=0.01),

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator, MemoryEvent
 
 WIDTH, TARGET, WINDOWS = 1024, 64, 3
 
@@ -22,8 +21,8 @@ def main() -> dict[str, Any]:
     # One activation of a sample takes a sixteenth of what is free, and several are alive at once: 8 run out, and 4, but not 2.
     rows = free // 16 // (4 * WIDTH)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)).cuda()
-    events: list[MemoryEvent] = []
-    accumulator = Accumulator(
+    events: list[autobatch.MemoryEvent] = []
+    accumulator = autobatch.Accumulator(
         autobatch.make_plan(target=TARGET, max_micro_batch_size=8),
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.training.accumulator import Accumulator
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +29,7 @@ def main(epochs: int = 5) -> dict[str, float]:
     whole, whole_optimizer = fresh_model()
     model, optimizer = fresh_model()
     plan = autobatch.make_plan(target=1000, max_micro_batch_size=100)
-    accumulator = Accumulator(plan, model=model, optimizer=optimizer)
+    accumulator = autobatch.Accumulator(plan, model=model, optimizer=optimizer)
     for _ in range(epochs):
         whole_optimizer.zero_grad()
         nn.functional.mse_loss(whole(x), y).backward()

@@ -79,6 +79,18 @@ def test_a_disturbed_run_is_the_run_with_the_smaller_size(where: str, fails_from
     assert (run.accumulator.optimizer_steps, run.accumulator.samples_seen) == (2, 16)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_error_in_a_later_window_goes_on_from_there(streamed: bool) -> None:
+    """What trainers that start anew get wrong: no earlier step runs again, and the effective batch stays what it was."""
+    run = Run(fits=2, fails_from=2)
+    run.train(streamed=streamed, windows=3)
+    assert [event.optimizer_step for event in run.events] == [1]
+    # two fours, a failed one, then two windows in twos
+    assert run.calls == 2 + 1 + 4 + 4
+    assert (run.accumulator.optimizer_steps, run.accumulator.samples_seen) == (3, 24)
+    assert all(state["step"] == 3 for state in run.optimizer.state.values())
+
+
 def test_the_smaller_size_is_kept_and_saved() -> None:
     """By the accumulator that met the error, and by one that takes up its state; a run without one saves no limit."""
     run = Run(fits=2)
@@ -118,7 +130,7 @@ def test_other_exceptions_leave_nothing_behind(error: BaseException, streamed: b
 
 
 def test_an_error_inside_the_optimizer_is_raised() -> None:
-    """Never retried: the loss was called for two micro-batches alone; no gradient is left."""
+    """Never retried, which could step twice on one batch: the loss was called for two micro-batches; no gradient is left."""
     run = Run()
 
     def fail(*_: object) -> None:

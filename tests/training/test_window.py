@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from autobatch.training.randomness import LOOK_EVERY, KeptGenerators
 from autobatch.training.window import WindowStart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def test_buffers_and_generators_are_put_back() -> None:
@@ -43,3 +50,19 @@ def test_a_model_that_moved_is_followed() -> None:
     start.put_back()
     assert model.running_mean is not None
     assert torch.equal(model.running_mean, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])  # the global generators are the subject
+@pytest.mark.parametrize("first", [0, 1, LOOK_EVERY])
+def test_generators_outside_of_torch_are_put_back_once_seen(draw: Callable[[], float], first: int) -> None:
+    """A window that draws is noticed where it is looked at; every one after it is put back exactly."""
+    generators = KeptGenerators()
+    noticed = first if first % LOOK_EVERY == 0 else LOOK_EVERY
+    for window in range(noticed + 3):
+        generators.keep()
+        if window >= first:
+            drawn = draw()
+            if window == first or window > noticed:
+                generators.put_back()
+                assert (draw() == drawn) == (window > noticed or first == noticed)
+        generators.end()
