@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from autobatch.errors import NothingFitsError, UsageError
 from autobatch.gpu.oom import FailureKind, classify
 from autobatch.training.batches import batch_size, split_batch
-from autobatch.training.ranks import RankGradients, gradients_of
+from autobatch.training.ranks import Meeting, RankGradients, gradients_of
 from autobatch.training.update import Update
 from autobatch.training.window import Piece, Window, WindowResult, WindowStart
 
@@ -101,16 +102,18 @@ class Accumulator:
                 up over a batch's pieces; count on the host where that is possible, since the number is waited for.
             last_window: what `finish` does with an incomplete window: `step` it by what it holds, `carry` it into the next
                 epoch, or `drop` it, buffers and random generators put back.
-            on_oom: `split` does a window again in smaller micro-batches, `raise` does not; `auto` splits unless other ranks
-                would have to agree (DDP, FSDP).
+            on_oom: `split` does a window again in smaller micro-batches, for which its batches are kept until its end; `raise`
+                does not; `auto` splits unless other ranks would have to agree (DDP, FSDP).
             on_event: told of each out-of-memory error that was recovered from.
             split, size: how a batch is cut and counted, where it is not of tensors that share their first dimension.
 
         Raises:
             UsageError: a part is not as it should be, or the ranks are not as many as the plan's.
         """
+        _check_parts(plan, model)
         self._plan = plan
         self._update = Update(optimizer, scheduler, scaler, max_grad_norm)
+        self._update.check_trains(model)
         self._reduction, self._count = loss_reduction, count
         self._last_window, self._on_event = last_window, on_event
         self._split, self._size = split, size
@@ -187,10 +190,12 @@ class Accumulator:
         try:
             # Known before the first backward: every weight is exact from the start.
             pieces = self._cut(batch, samples)
-            window.expected, late = self._meet(sum(piece.counted for piece in pieces))
+            counted = sum(piece.counted for piece in pieces)
+            met = self._meet(Meeting(counted=counted, begins=1, barren=self._is_barren(pieces[-1].counted)))
+            window.expected = met.counted
             self._ranks.check_same(len(pieces))
-            self._run(window, batch, pieces, loss_fn, last=not late)
-            return self._close(window, late=late)
+            self._run(window, batch, pieces, loss_fn, last=not met.barren)
+            return self._close(window, late=met.barren > 0)
         except BaseException:
             self._abandon(window)
             raise
@@ -221,23 +226,31 @@ class Accumulator:
         try:
             if not window.given:
                 window.expected = self._estimate(micro_batch, samples)
+            else:
+                self._check_held(window)
             window.given += 1
             last, late = window.given == self._plan.accumulation_steps, False
             if self._ranks.holds_whole:
                 if last:
-                    total, late = self._meet(window.counted + self._counted(micro_batch, samples))
-                    self._weigh_exactly(window, total)
+                    counted = self._counted(micro_batch, samples)
+                    met = self._meet(Meeting(counted=window.counted + counted, barren=self._is_barren(counted)))
+                    self._weigh_exactly(window, met.counted)
+                    late = met.barren > 0
                 self._run(window, micro_batch, self._cut(micro_batch, samples), loss_fn, last=last and not late)
             else:
                 self._run_waiting(window, last=False)
                 window.waiting = (micro_batch, samples, loss_fn)
                 if last:
                     self._run_waiting(window, last=True)
-                    self._weigh_exactly(window, self._meet(window.counted)[0])
+                    self._weigh_exactly(window, self._meet(Meeting(counted=window.counted)).counted)
             return self._close(window, late=late) if last else None
         except BaseException:
             self._abandon(window)
             raise
+
+    def _check_held(self, window: Window) -> None:
+        if window.counted and not self._update.holds_gradients():
+            raise UsageError("gradients were cleared inside of a window: take zero_grad() out of the loop")
 
     def _run_waiting(self, window: Window, *, last: bool) -> None:
         """Run the micro-batch that was held back, since nobody knew whether it is the window's last."""
@@ -249,52 +262,59 @@ class Accumulator:
     def finish(self) -> WindowResult | None:
         """End an epoch: an incomplete window is stepped, carried or dropped, as `last_window` says.
 
-        Every rank calls it: where one holds an incomplete window, the others step with it, whether they hold one or not. Under
-        DDP a rank whose data end early waits here and steps with the others until theirs end too, so that all make as many
-        steps; to `carry` or `drop`, ranks need equally many whole windows.
+        Every rank calls it. Where ranks hold different parts of the window, they step together by what each holds.
 
         Returns:
-            What the last step came to; None where nothing was held, or it was carried or dropped.
+            What the step came to; None where nothing was held, or it was carried or dropped.
 
         Raises:
-            UsageError: under FSDP2, ranks hold different numbers of micro-batches.
+            UsageError: ranks have different numbers of windows, or under FSDP2 of micro-batches.
         """
-        if self._last_window == "carry":
-            return None
-        if self._last_window == "drop":
-            if self._open is not None:
-                self._abandon(self._open)
-            return None
         result = None
         while True:
             held = self._open
-            counted, given = (0.0, 0) if held is None else (held.counted, held.given)
-            total, all_given, finishing = self._ranks.totals(counted, given, 1)
-            everyone = finishing == self._ranks.averaged_over
-            if everyone and not all_given:
-                return result
-            result = self._step_late(total)
+            mine = Meeting(barren=1, finished=1)
+            if held is not None:
+                mine = dataclasses.replace(mine, counted=held.counted, given=held.given)
+            met = self._meet(mine)
+            everyone = met.finished == self._ranks.averaged_over
+            if self._last_window != "step":
+                if held is not None and self._last_window == "drop":
+                    self._abandon(held)
+                return None
+            if not (everyone and not met.given):
+                result = self._step_late(met.counted)
             if everyone:
                 return result
 
     def _step_late(self, total: float) -> WindowResult:
-        """Step an incomplete window, or an empty one with ranks that hold one."""
+        """Step an incomplete window without a last backward that would bring gradients together."""
         window = self._open or self._begin()
         try:
             if not self._ranks.holds_whole:
                 self._ranks.check_same(window.given)
                 self._run_waiting(window, last=True)
-                total = self._ranks.totals(window.counted)[0]
+                total = self._ranks.meet(Meeting(counted=window.counted)).counted
             self._weigh_exactly(window, total)
             return self._close(window, late=True)
         except BaseException:
             self._abandon(window)
             raise
 
-    def _meet(self, counted: float) -> tuple[float, bool]:
-        """What the window counts over all ranks, and whether a rank has no backward left by which gradients could meet."""
-        total, _, finishing = self._ranks.totals(counted, 0, 0)
-        return total, finishing > 0
+    def _meet(self, mine: Meeting) -> Meeting:
+        """Meet the other ranks, none of which may have ended its epoch where another begins a window."""
+        met = self._ranks.meet(mine)
+        elsewhere = met.begins if self._last_window == "step" else self._ranks.averaged_over - met.finished
+        if met.finished and elsewhere:
+            raise UsageError(
+                "a rank has come to the end of its epoch, and another has not: give every rank as many windows, as "
+                "PlanBatchSampler(rank=...) does"
+            )
+        return met
+
+    def _is_barren(self, counted: float) -> float:
+        """1 where a last micro-batch has no backward: a mean over nothing is not a number, and would make gradients so."""
+        return float(self._reduction == "mean" and not counted and self._ranks.holds_whole)
 
     def step_plateau(self, metric: float | torch.Tensor) -> None:
         """Step a `ReduceLROnPlateau` with its metric, at a boundary.
@@ -339,8 +359,9 @@ class Accumulator:
     # ---- a window ---------------------------------------------------------------------------------------------------
 
     def _begin(self) -> Window:
-        if self._update.gradients():
+        if self._update.holds_gradients():
             self._update.zero()  # what an evaluation or another loop left must not be counted in
+        self._update.is_accumulating = True
         self._start.keep()
         self._open = Window(expected=float(self._plan.effective_batch_size))
         return self._open
@@ -348,11 +369,11 @@ class Accumulator:
     def _run(self, window: Window, batch: Any, pieces: Sequence[Piece], loss_fn: _LossFn, *, last: bool) -> None:
         """Run what came newly; after an out-of-memory error all of the window again, in smaller micro-batches."""
         if self._retries:
-            window.retained.append(batch)
+            window.retain(batch)
         while (failure := self._attempt(window, pieces, loss_fn, last=last)) is not None:
             # Outside of the except clause: its frames held the tensors that are to be freed.
             self._shrink(window, failure)
-            pieces = [piece for kept in window.retained for piece in self._cut(kept, self._size(kept))]
+            pieces = [piece for kept in window.retained() for piece in self._cut(kept, self._size(kept))]
 
     def _attempt(self, window: Window, pieces: Sequence[Piece], loss_fn: _LossFn, *, last: bool) -> _Failure | None:
         for position, piece in enumerate(pieces, start=1):
@@ -367,9 +388,9 @@ class Accumulator:
     def _forward_backward(self, window: Window, piece: Piece, loss_fn: _LossFn, *, last: bool) -> None:
         with self._ranks.backward_of(last=last):
             loss = loss_fn(piece.batch)
-            _check_loss(loss)
-            # A mean over nothing is not a number, and would make gradients so; only ranks that wait need its backward.
-            if self._reduction == "sum" or piece.counted or self._ranks.averaged_over > 1:
+            # A mean over nothing is not a number, and would make gradients so. FSDP2's ranks wait for each backward all the same.
+            if self._reduction == "sum" or piece.counted or not self._ranks.holds_whole:
+                _check_loss(loss)
                 weighted = loss * self._weight(piece.counted, window.expected)
                 self._update.scaled(weighted).backward()
         window.add(loss.detach(), piece, is_mean=self._reduction == "mean")
@@ -389,16 +410,16 @@ class Accumulator:
         It only keeps the gradients near their final size: what was really held mends them at the end.
         """
         whole = float(self._plan.effective_batch_size)
-        if self._count is None:
-            return whole
-        expected = self._counted(first, samples) / samples * whole
-        if not self._ranks.holds_whole:  # gradients meet before they are mended: all ranks need the same
-            expected = self._ranks.totals(expected)[0] / self._ranks.averaged_over
-        return expected or whole
+        expected = whole if self._count is None else self._counted(first, samples) / samples * whole
+        # All ranks need the same: under FSDP2 gradients meet before they are mended.
+        met = self._meet(Meeting(counted=expected, begins=1))
+        return met.counted / self._ranks.averaged_over or whole
 
     def _cut(self, batch: Any, samples: int) -> list[Piece]:
         sizes = self._sizes(samples)
-        parts = [batch] if len(sizes) == 1 else self._split(batch, sizes)
+        parts = self._split(
+            batch, sizes
+        )  # of one part too: a loss function that pops from its batch leaves the caller's alone
         return [
             Piece(batch=part, samples=size, counted=self._counted(part, size))
             for part, size in zip(parts, sizes, strict=True)
@@ -414,6 +435,11 @@ class Accumulator:
 
     def _shrink(self, window: Window, failure: _Failure) -> None:
         """Put everything back to the window's start, and go on with smaller micro-batches."""
+        if window.has_changed_inputs():
+            raise UsageError(
+                f"out of memory at micro-batch {failure.size}, and loss_fn changed its batch in place, so that the window cannot "
+                f"run again: let it copy what it changes, or take on_oom='raise' ({failure.message})"
+            )
         self._put_back(window)
         _release_memory()
         if failure.size == 1:
@@ -443,6 +469,7 @@ class Accumulator:
         """Leave a window as if it had not begun; one that was closed stays as it is."""
         if self._open is window:
             self._open = None
+            self._update.is_accumulating = False
             self._put_back(window)
 
     # ---- the end of a window ----------------------------------------------------------------------------------------
@@ -496,6 +523,16 @@ def _sizes_of_rank(plan: Plan, ranks: RankGradients) -> tuple[int, ...]:
 def _is_memory(error: BaseException) -> bool:
     verdict = classify(error, device_nearly_full=False, smaller_size_ran=False)
     return verdict.kind is FailureKind.MEMORY and not verdict.context_lost
+
+
+def _check_parts(plan: object, model: object) -> None:
+    from torch import nn
+
+    from autobatch.plan import Plan
+
+    for name, value, kind in (("plan", plan, Plan), ("model", model, nn.Module)):
+        if not isinstance(value, kind):
+            raise UsageError(f"{name} is of type {type(value).__name__}: give a {kind.__name__}")
 
 
 def _check_loss(loss: object) -> None:

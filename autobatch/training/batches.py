@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import UsageError
@@ -11,16 +13,20 @@ from autobatch.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
 
-__all__ = ["batch_size", "split_batch"]
+
+__all__ = ["batch_size", "split_batch", "tensors_of"]
 
 
 def batch_size(batch: object) -> int:
     """Count the samples of a batch: the length of the first dimension that all its tensors share.
 
     Args:
-        batch: a tensor of shape (samples, …), or tuples, lists and mappings of such; a list of other things counts its
-            items. Numbers, texts and None within it are passed over: they belong to every sample.
+        batch: a tensor or array of shape (samples, …), or tuples, lists and mappings of such; a list of other things counts
+            its items. Numbers, texts and None within it are passed over: they belong to every sample. A list of tensors is
+            taken as a loader's `default_collate` makes it, a tensor for each part of a sample: for one of a tensor for each
+            sample give `split` and `size` functions.
 
     Raises:
         UsageError: there is nothing to count, or its parts differ.
@@ -52,9 +58,23 @@ def split_batch(batch: Any, sizes: Sequence[int]) -> list[Any]:
     return _cut(batch, [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)])
 
 
+def tensors_of(batch: object) -> Iterator[torch.Tensor]:
+    """Every tensor of a batch."""
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_of(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for item in batch:
+            yield from tensors_of(item)
+
+
 def _sizes(batch: object) -> Iterator[int]:
     if _is_tensor(batch):
-        if batch.dim() == 0:  # type: ignore[attr-defined]
+        if batch.ndim == 0:  # type: ignore[attr-defined]
             return
         yield int(batch.shape[0])  # type: ignore[attr-defined]
     elif isinstance(batch, Mapping):
@@ -77,20 +97,21 @@ def _has_tensor(value: object) -> bool:
 
 
 def _is_tensor(value: object) -> bool:
+    """Tell a tensor of torch, or an array of numpy."""
     import torch
 
-    return isinstance(value, torch.Tensor)
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, torch.Tensor) or (numpy is not None and isinstance(value, numpy.ndarray))
 
 
 def _cut(batch: Any, rows: Sequence[slice]) -> list[Any]:
     """One batch for each range of rows; a tree is walked once, however many they are."""
     if _is_tensor(batch):
-        return [batch if batch.dim() == 0 else batch[part] for part in rows]
+        return [batch if batch.ndim == 0 else batch[part] for part in rows]
     if isinstance(batch, Mapping):
         values = zip(*(_cut(value, rows) for value in batch.values()), strict=True)
         parts = [dict(zip(batch, cut, strict=True)) for cut in values] or [{} for _ in rows]
-        # A tokenizer's batch is a mapping with methods of its own: its class is kept where it takes one mapping.
-        return parts if type(batch) is dict else [type(batch)(part) for part in parts]  # type: ignore[call-arg]
+        return parts if type(batch) is dict else [_like(batch, part) for part in parts]
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         if not any(_has_tensor(item) for item in batch):
             return [batch[part] for part in rows]
@@ -99,3 +120,12 @@ def _cut(batch: Any, rows: Sequence[slice]) -> list[Any]:
             return [type(batch)(*cut) for cut in items]
         return list(items) if isinstance(batch, tuple) else [list(cut) for cut in items]
     return [batch] * len(rows)
+
+
+def _like(batch: Mapping[Any, Any], part: dict[Any, Any]) -> Any:
+    """A mapping of the batch's class, which may have methods of its own as a tokenizer's has."""
+    if not isinstance(batch, MutableMapping):
+        return type(batch)(part)  # type: ignore[call-arg]
+    made = copy.copy(batch)
+    made.update(part)
+    return made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch.errors import UsageError
@@ -13,7 +15,26 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["AloneRank", "RankGradients", "gradients_of"]
+__all__ = ["AloneRank", "Meeting", "RankGradients", "gradients_of"]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What ranks tell each other where they meet: at a window's first and last micro-batch, and at the end of an epoch.
+
+    All say all of it wherever they are, so that a rank that is elsewhere than the others is noticed rather than waited for.
+    """
+
+    counted: float = 0.0
+    """What the window counts."""
+    given: float = 0.0
+    """Micro-batches held at the end of an epoch."""
+    begins: float = 0.0
+    """1 from a rank that begins a window."""
+    barren: float = 0.0
+    """1 from a rank that has no backward left by which gradients could meet."""
+    finished: float = 0.0
+    """1 from a rank at the end of its epoch."""
 
 
 class RankGradients(Protocol):
@@ -38,7 +59,7 @@ class RankGradients(Protocol):
     def holds_whole(self) -> bool:
         """Whether `.grad` holds, before the last backward, what the earlier ones of a window gave."""
 
-    def totals(self, *counts: float) -> tuple[float, ...]:
+    def meet(self, mine: Meeting) -> Meeting:
         """The sums over all ranks; every rank waits here for the others."""
 
     def meet_late(self) -> None:
@@ -61,9 +82,9 @@ class AloneRank:
         del last
         return contextlib.nullcontext()
 
-    def totals(self, *counts: float) -> tuple[float, ...]:
-        """The counts themselves."""
-        return counts
+    def meet(self, mine: Meeting) -> Meeting:
+        """What this rank says itself."""
+        return mine
 
     def meet_late(self) -> None:
         """Nothing is to be brought together."""
@@ -85,14 +106,14 @@ class _DistributedRank:
         self.averaged_over = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def totals(self, *counts: float) -> tuple[float, ...]:
+    def meet(self, mine: Meeting) -> Meeting:
         """The sums over all ranks, by one small collective."""
         import torch
         import torch.distributed as dist
 
-        numbers = torch.tensor(counts, dtype=torch.float64, device=self._device())
+        numbers = torch.tensor(dataclasses.astuple(mine), dtype=torch.float64, device=self._device())
         dist.all_reduce(numbers, group=self._group)
-        return tuple(numbers.tolist())
+        return Meeting(*numbers.tolist())
 
     def _device(self) -> torch.device:
         import torch
@@ -111,6 +132,10 @@ class _DdpRank(_DistributedRank):
     def __init__(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
         super().__init__(model, model.process_group)
         self._wrapper = model
+        if model.static_graph:
+            raise UsageError(
+                "DistributedDataParallel(static_graph=True) cannot hold gradients back in its first window: leave it out"
+            )
 
     @contextlib.contextmanager
     def backward_of(self, *, last: bool) -> Iterator[None]:

@@ -124,9 +124,8 @@ class PlanBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         """Give the lists of the epoch: from its start, or once from where `load_state_dict` left off."""
-        start, self._resume_at = self._resume_at, 0
-        self._taken = start
-        return self._lists(start)
+        self._taken = self._resume_at
+        return self._lists()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, before iterating over it; the position of a loaded state stands if it is that state's epoch.
@@ -231,7 +230,9 @@ class PlanBatchSampler:
 
     # ---- the lists --------------------------------------------------------------------------------------------------
 
-    def _lists(self, start: int) -> Iterator[list[int]]:
+    def _lists(self) -> Iterator[list[int]]:
+        # When the first list is drawn, not before: a loader with workers makes two iterators and draws from the second.
+        start, self._resume_at = self._resume_at, 0
         order = self._order_of(self._epoch)
         for position in range(start, len(self)):
             windows, micro_batches = self._place(position)

@@ -82,7 +82,7 @@ class Twins:
         self, edits: Edits | None = None, *, rows: Sequence[int] | None = None, seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """The gradients of one backward over the batch, or over these of its samples."""
-        batch = self._batch if rows is None else take_samples(self._batch, rows)
+        batch = take_samples(self._batch, range(self.samples) if rows is None else rows)
         with self._copy(edits or Edits(), seed) as twin, self._held(rows):
             loss = self.call(twin, batch)
             _check_scalar(loss)
@@ -115,7 +115,9 @@ class Twins:
                 on_oom="raise",
             )
             with self._held([]):
-                result = accumulator.step(self._batch, _MicroBatches(self, twin, edits, seed))
+                result = accumulator.step(
+                    take_samples(self._batch, range(self.samples)), _MicroBatches(self, twin, edits, seed)
+                )
             self.micro_batch_sizes = result.micro_batch_sizes
         return gradients
 

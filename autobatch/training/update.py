@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -9,6 +11,7 @@ from autobatch.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
     Scheduler = LRScheduler | ReduceLROnPlateau
@@ -32,10 +35,17 @@ class Update:
             UsageError: there is no optimizer, a parameter is in two of them, or the norm is not above 0.
         """
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
+        for optimizer in self._optimizers:
+            if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
+                raise UsageError(
+                    f"optimizer is of type {type(optimizer).__name__}: give a torch.optim.Optimizer, or several"
+                )
         self._schedulers = (
             () if schedulers is None else tuple(schedulers) if isinstance(schedulers, Sequence) else (schedulers,)
         )
         self._scaler, self._max_grad_norm = scaler, max_grad_norm
+        self.is_accumulating = False
+        """Whether a window is open, in which nobody may step."""
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise UsageError(f"max_grad_norm {max_grad_norm} is not above 0; leave it out to clip nothing")
         if not self._optimizers:
@@ -44,12 +54,28 @@ class Update:
         twice = len(parameters) - len(set(map(id, parameters)))
         if twice:
             raise UsageError(f"{twice} parameters belong to two optimizers: a window would step them twice")
+        for optimizer in self._optimizers:
+            optimizer.register_step_pre_hook(functools.partial(_refuse, weakref.ref(self)))
 
     def parameters(self) -> list[torch.Tensor]:
         """Read anew each time: groups are added where layers are thawed."""
         return [
             value for optimizer in self._optimizers for group in optimizer.param_groups for value in group["params"]
         ]
+
+    def check_trains(self, model: nn.Module) -> None:
+        """Refuse optimizers of another model.
+
+        Raises:
+            UsageError: none of their parameters is the model's.
+        """
+        own = set(map(id, model.parameters()))
+        if own and not any(id(value) in own for value in self.parameters()):
+            raise UsageError("no parameter of the optimizer is the model's: it would train another model")
+
+    def holds_gradients(self) -> bool:
+        """Whether any parameter has a gradient."""
+        return any(value.grad is not None for value in self.parameters())
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients that are held."""
@@ -70,7 +96,7 @@ class Update:
 
         if self._max_grad_norm is None:
             return None
-        if self._scaler is not None:
+        if self._scaler is not None and self.holds_gradients():
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)
@@ -78,9 +104,10 @@ class Update:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def step(self) -> bool:
-        """Step optimizers and schedulers, and clear gradients; returns whether no step was skipped."""
+        """Step optimizers and schedulers, and clear gradients; returns False where no step was made."""
+        self.is_accumulating = False
         try:
-            stepped = self._step_optimizers()
+            stepped = self.holds_gradients() and self._step_optimizers()
         finally:
             self.zero()
         if stepped:
@@ -110,11 +137,22 @@ class Update:
                 optimizer.step()
             return True
         for optimizer in self._optimizers:
-            self._scaler.step(optimizer)
+            # Without a gradient the scaler has checked none for infinities, and refuses to step.
+            if any(value.grad is not None for group in optimizer.param_groups for value in group["params"]):
+                self._scaler.step(optimizer)
         before = self._scaler.get_scale()
         self._scaler.update()
         # The scale falls where a step was skipped, and only there (torch.amp.GradScaler.update's documentation).
         return self._scaler.get_scale() >= before
+
+
+def _refuse(reference: weakref.ref[Update], *_: object) -> None:
+    """Stop a step inside of a window, left over from a loop that stepped by itself."""
+    update = reference()
+    if update is not None and update.is_accumulating:
+        raise UsageError(
+            "the loop steps the optimizer inside of a window: take optimizer.step() out, the accumulator does it"
+        )
 
 
 def _is_plateau(scheduler: object) -> TypeGuard[ReduceLROnPlateau]:

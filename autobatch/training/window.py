@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autobatch.training.batches import tensors_of
 from autobatch.training.randomness import KeptGenerators
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class WindowResult:
     grad_norm: torch.Tensor | None
     """Norm of all gradients before clipping; None without `max_grad_norm`."""
     stepped: bool
-    """False where the GradScaler skipped the step of an optimizer for gradients that were not finite."""
+    """False where the GradScaler skipped the step for gradients that were not finite, or nothing made a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,20 @@ class Window:
         """Micro-batches that the caller gave."""
         self.waiting: tuple[Any, int, Callable[[Any], torch.Tensor]] | None = None
         """A micro-batch held back, its samples and its loss function."""
-        self.retained: list[Any] = []
-        """Those batches, where the window can be done again."""
+        self._retained: list[tuple[Any, list[int]]] = []
         self.reset()
+
+    def retain(self, batch: Any) -> None:
+        """Keep a batch, from which the window can be done again."""
+        self._retained.append((batch, _versions(batch)))
+
+    def retained(self) -> list[Any]:
+        """The batches that were kept."""
+        return [batch for batch, _ in self._retained]
+
+    def has_changed_inputs(self) -> bool:
+        """Whether a kept batch was changed in place, by torch's own count of such changes."""
+        return any(_versions(batch) != then for batch, then in self._retained)
 
     def reset(self) -> None:
         """Forget what ran."""
@@ -132,6 +144,10 @@ class WindowStart:
                 buffers[name] = buffer
         _copy(self._copies, self._buffers)
         self._generators.put_back()
+
+
+def _versions(batch: Any) -> list[int]:
+    return [tensor._version for tensor in tensors_of(batch)]  # noqa: SLF001 - the one count of changes in place
 
 
 def _is_expanded(buffer: torch.Tensor) -> bool:

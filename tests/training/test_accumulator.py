@@ -235,6 +235,40 @@ def test_a_skipped_step_is_counted_and_the_schedule_waits() -> None:
     assert scheduler.get_last_lr() == [0.5]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_window_in_which_nothing_counts(scaled: bool) -> None:
+    """Makes no step, with and without a GradScaler, and its loss needs no graph; the next window makes one."""
+    model = fresh_model().float()
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    accumulator = make(model, 2, 1, "count", scaler=scaler, max_grad_norm=1.0)
+    batch = batch_of([0, 0])
+    batch["x"] = batch["x"].float()
+    assert not accumulator.step(batch, lambda _: torch.tensor(0.0)).stepped
+    batch["labels"][0, 0] = 1
+    assert accumulator.step(batch, lambda part: loss_of(model, part, "count")).stepped
+    assert (accumulator.optimizer_steps, accumulator.skipped_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("left", ["zero_grad", "step"])
+def test_what_is_left_of_a_hand_written_loop(left: str) -> None:
+    """Clearing or stepping inside of a window is told; after it, it does no harm."""
+    model = fresh_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = make(model, 4, 2, optimizer=optimizer)
+
+    def loop() -> None:
+        for _ in range(2):
+            accumulator.add(batch_of([1, 1]), lambda part: loss_of(model, part, "mean"))
+            getattr(optimizer, left)()
+
+    with pytest.raises(UsageError, match=rf"{left}\(\) out"):
+        loop()
+    accumulator.finish()
+    optimizer.zero_grad()
+    accumulator.step(batch_of([1] * 4), lambda part: loss_of(model, part, "mean"))
+    getattr(optimizer, left)()
+
+
 def test_a_boundary_is_only_between_windows() -> None:
     """Within a window, also inside of step(), gradients are held; state is neither saved nor loaded then."""
     model = fresh_model()
@@ -296,6 +330,10 @@ def test_a_foreign_state_is_refused(state: dict[str, int]) -> None:
         ({"max_grad_norm": 0.0}, "not above 0"),
         ({"kind": "sum", "count": tokens}, "takes none"),
         ({"optimizer": []}, "no optimizer was given"),
+        ({"optimizer": None}, "optimizer is of type NoneType"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())}, "would train another model"),
+        ({"model": None}, "model is of type NoneType"),
+        ({"plan": 4}, "plan is of type int"),
     ],
 )
 def test_wrong_arguments(more: dict[str, Any], message: str) -> None:
@@ -303,10 +341,9 @@ def test_wrong_arguments(more: dict[str, Any], message: str) -> None:
     model, kind = fresh_model(), more.pop("kind", "mean")
     with pytest.raises(UsageError, match=message):
         Accumulator(
-            make_plan(target=4, max_micro_batch_size=2),
-            model=model,
+            more.pop("plan", make_plan(target=4, max_micro_batch_size=2)),
             loss_reduction=kind,
-            **{"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), **more},
+            **{"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), **more},
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import UserDict, namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from typing import Any
 
 import pytest
@@ -24,6 +24,9 @@ X = torch.arange(10).reshape(5, 2)
         {"x": X, "scale": 2.0, "none": None},
         Pair(X, X),
         UserDict(x=X),
+        defaultdict(list, x=X),
+        X.numpy(),
+        (X.numpy(), X),
         [X, {"y": X}, "text"],
         list("abcde"),
     ],

@@ -87,27 +87,59 @@ def ddp_figures(rank: int) -> dict[str, Any]:
     for piece in (x[:4] if rank == 0 else x[4:8]).split(2):
         streamed.accumulator.add(piece, streamed.loss)
     figures["streamed"] = streamed.difference(x[:8])
-    # Two samples are left, both with rank 0.
-    if rank == 0:
-        streamed.accumulator.add(x[8:10], streamed.loss)
-    result = streamed.accumulator.finish()
-    figures["late"] = streamed.difference(x[8:10])
+    # Of a window of three micro-batches rank 0 holds two, and rank 1 one.
+    late = Rank(wrapped, 12)
+    for piece in (x[:4] if rank == 0 else x[4:6]).split(2):
+        late.accumulator.add(piece, late.loss)
+    result = late.accumulator.finish()
+    figures["late"] = late.difference(x[:6])
     figures["late_samples"] = result.samples if result else None
-    figures["nothing_left"] = streamed.accumulator.finish() is None
-    # Rank 0 has three whole windows, rank 1 one: it waits in finish() and steps with the other.
-    for start in range(0, 12 if rank == 0 else 4, 2):
-        streamed.accumulator.add(x[start % 8 : start % 8 + 2], streamed.loss)
-    streamed.accumulator.finish()
-    figures["ended_early"] = [streamed.accumulator.optimizer_steps, streamed.difference(x[:4])]
-    whole = Rank(wrapped, 8)
-    for start in range(0, 8 if rank == 0 else 4, 4):
-        whole.accumulator.step(x[start : start + 4], whole.loss)
-    whole.accumulator.finish()
-    figures["ended_early_whole"] = [whole.accumulator.optimizer_steps, whole.difference(x[4:8])]
+    figures["nothing_left"] = late.accumulator.finish() is None
+    # Rank 1 is at its window's last micro-batch where rank 0 ends with one of two.
+    mixed = Rank(wrapped, 8)
+    for piece in (x[:2] if rank == 0 else x[2:6]).split(2):
+        mixed.accumulator.add(piece, mixed.loss)
+    mixed.accumulator.finish()
+    figures["mixed"] = mixed.difference(x[:6])
+    figures.update(ddp_edges(wrapped, rank, x))
     figures["split_refused"] = message(lambda: Rank(wrapped, 8, on_oom="split"))
     plan = make_plan(target=8, max_micro_batch_size=2)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
     figures["mismatch"] = message(lambda: Accumulator(plan, model=wrapped, optimizer=optimizer))
+    return figures
+
+
+def ddp_edges(wrapped: nn.Module, rank: int, x: torch.Tensor) -> dict[str, Any]:
+    """Micro-batches in which nothing counts, and ranks whose data end early."""
+    figures: dict[str, Any] = {}
+    kept = torch.arange(8) % 8 < 5  # the last micro-batch of rank 1 counts nothing
+
+    def loss(part: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        values = wrapped(part[0]).squeeze(-1).square()
+        return (values * part[1]).sum() / part[1].sum()
+
+    for name in ("add", "step"):
+        masked = Rank(wrapped, 8, count=lambda part: int(part[1].sum()))
+        mine = slice(0, 4) if rank == 0 else slice(4, 8)
+        if name == "step":
+            masked.accumulator.step((x[mine], kept[mine]), loss)
+        else:
+            for part in zip(x[mine].split(2), kept[mine].split(2), strict=True):
+                masked.accumulator.add(part, loss)
+        figures[f"masked_{name}"] = masked.difference(x[:5])
+
+    def run(name: str) -> None:
+        unequal = Rank(wrapped, 8)
+        for start in range(0, 8 if rank == 0 else 4, 4):
+            if name == "step":
+                unequal.accumulator.step(x[start : start + 4], unequal.loss)
+            else:
+                for piece in x[start : start + 4].split(2):
+                    unequal.accumulator.add(piece, unequal.loss)
+        unequal.accumulator.finish()
+
+    for name in ("add", "step"):
+        figures[f"early_{name}"] = message(lambda name=name: run(name))
     return figures
 
 
@@ -234,19 +266,26 @@ def test_gradients_meet_once_a_window(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_an_incomplete_window_meets_late(ranks: list[dict[str, Any]]) -> None:
-    """Two samples are left on rank 0 and none on rank 1: both step with them; with nothing left none does."""
-    assert [rank["ddp"]["late_samples"] for rank in ranks] == [2, 0]
+    """Ranks hold different parts of it and step by what each holds; with nothing left none does."""
+    assert [rank["ddp"]["late_samples"] for rank in ranks] == [4, 2]
     for rank in ranks:
         assert rank["ddp"]["late"] <= 1e-12
+        assert rank["ddp"]["mixed"] <= 1e-12
         assert rank["ddp"]["nothing_left"]
 
 
-def test_a_rank_whose_data_end_early(ranks: list[dict[str, Any]]) -> None:
-    """It steps with the others until theirs end, by what they hold; all make as many steps."""
+def test_a_last_micro_batch_in_which_nothing_counts(ranks: list[dict[str, Any]]) -> None:
+    """Its mean is not a number: it has no backward, and gradients meet without it."""
     for rank in ranks:
-        for steps, name in ((5, "ended_early"), (2, "ended_early_whole")):
-            assert rank["ddp"][name][0] == steps
-            assert rank["ddp"][name][1] <= 1e-12
+        assert rank["ddp"]["masked_add"] <= 1e-12
+        assert rank["ddp"]["masked_step"] <= 1e-12
+
+
+def test_a_rank_whose_data_end_early(ranks: list[dict[str, Any]]) -> None:
+    """Told on every rank, rather than waited for for ever."""
+    for rank in ranks:
+        for name in ("early_add", "early_step"):
+            assert "a rank has come to the end of its epoch, and another has not" in rank["ddp"][name]
 
 
 def test_what_ranks_refuse(ranks: list[dict[str, Any]]) -> None:

@@ -151,3 +151,23 @@ def test_raise_does_not_split() -> None:
         run.train()
     with pytest.raises(UsageError, match="on_oom 'retry' is unknown"):
         Run(on_oom="retry")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_batch_that_was_changed_in_place_is_not_run_again(streamed: bool) -> None:
+    """It would be another batch the second time."""
+    run = Run(fits=2)
+    loss = run.loss
+    run.loss = lambda x: loss(x.mul_(2))  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="changed its batch in place"):
+        run.train(streamed=streamed)
+    assert run.accumulator.at_boundary
+
+
+def test_a_loss_function_may_pop_from_its_batch() -> None:
+    """Each run of it gets a mapping of its own, also where the batch is one micro-batch."""
+    run = Run(fits=2, largest=8)
+    loss = run.loss
+    x = torch.randn(8, 3, dtype=torch.float64)
+    result = run.accumulator.step({"x": x}, lambda batch: loss(batch.pop("x")))
+    assert result.micro_batch_sizes == (2, 2, 2, 2)

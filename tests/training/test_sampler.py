@@ -256,3 +256,14 @@ def test_arguments_out_of_range_are_refused() -> None:
         PlanBatchSampler(plan, 20, seed="a")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="epoch -1"):
         PlanBatchSampler(plan, 20).set_epoch(-1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_loader_resumes_where_the_state_says(workers: int) -> None:
+    """With workers torch makes two iterators, and draws from the second alone."""
+    plan = make_plan(target=4, max_micro_batch_size=2)
+    sampler = PlanBatchSampler(plan, 12, shuffle=False)
+    sampler.load_state_dict(sampler.state_at(1))
+    loader = torch.utils.data.DataLoader(range(12), batch_sampler=sampler, num_workers=workers)
+    assert [batch.tolist() for batch in loader] == [[4, 5], [6, 7], [8, 9], [10, 11]]
+    assert next(iter(loader)).tolist() == [0, 1]
