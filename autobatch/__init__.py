@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
-    from autobatch.child_probe import probe_workload
+    from autobatch.child_probe import probe_command, probe_workload
     from autobatch.errors import (
         AutobatchError,
         BusyError,
@@ -93,6 +93,7 @@ __all__ = [
     "load_catalogue",
     "make_plan",
     "probe",
+    "probe_command",
     "probe_workload",
     "report_svg",
     "state_hash",
@@ -112,7 +113,10 @@ _HOMES = {
         "check_equivalence",
     ),
     "training.sampler": ("PlanBatchSampler",),
-    "child_probe": ("probe_workload",),
+    "child_probe": (
+        "probe_command",
+        "probe_workload",
+    ),
     "evidence": (
         "Bound",
         "Evidence",

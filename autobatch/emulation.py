@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autobatch.facts import EmulationFacts
+from autobatch.facts import AnswerRemarks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ _CONVOLUTION_ERROR = (
 )
 
 
-def describe_emulation(inspection: Inspection, unsupported_calls: Sequence[str]) -> EmulationFacts:
+def describe_emulation(inspection: Inspection, unsupported_calls: Sequence[str]) -> AnswerRemarks:
     """Say what an answer for this job leaves out.
 
     Args:
@@ -39,7 +39,7 @@ def describe_emulation(inspection: Inspection, unsupported_calls: Sequence[str])
     if inspection.has_convolutions:
         not_modelled.insert(0, _CUDNN)
     not_modelled += [f"{call} (called, and refused)" for call in unsupported_calls]
-    return EmulationFacts(
+    return AnswerRemarks(
         data_dependent=inspection.data_dependent,
         not_modelled=tuple(not_modelled),
         expected_error=_CONVOLUTION_ERROR if inspection.has_convolutions else _LANGUAGE_ERROR,

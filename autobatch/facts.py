@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # Imported at run time: the JSON form resolves the annotations below.
 from autobatch.report import Basis, Device, Memory
 
-__all__ = ["DeviceFacts", "EmulationFacts"]
+__all__ = ["AnswerRemarks", "DeviceFacts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,12 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmulationFacts:
-    """What an emulated answer has to say of itself; empty for a measured one."""
+class AnswerRemarks:
+    """What an answer has to say of itself beyond its trials."""
 
     data_dependent: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()
     expected_error: str = ""
+    warnings: tuple[str, ...] = ()
+    unaccumulated: str = ""
+    """What to say of a plan that accumulates, where the trials could not; empty where they could."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from autobatch import errors
 from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, WorkloadError
-from autobatch.facts import DeviceFacts, EmulationFacts
+from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.jsonform import from_json_form, to_json_form
 from autobatch.lastwords import last_line, last_place, read_tail, was_importing
 from autobatch.trial import Trial
@@ -118,10 +118,10 @@ class IsolatedTrials:
         answer = self._receive(f"micro-batch {max(window)}", self._options.trial_timeout)
         return from_json_form(Trial, answer["trial"], where="trial")
 
-    def emulation_facts(self) -> EmulationFacts:
+    def remarks(self) -> AnswerRemarks:
         """What is to be said of an emulated answer; nothing of a measured one."""
         if self._inspection is None:
-            return EmulationFacts()
+            return AnswerRemarks()
         unsupported = self._machine.unsupported_calls() if self._machine else ()
         return describe_emulation(self._inspection, unsupported)
 

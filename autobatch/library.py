@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.emulation import describe_emulation
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.facts import EmulationFacts
+from autobatch.facts import AnswerRemarks
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe, nothing_fits
 from autobatch.throughput import windows_per_trial
@@ -172,7 +172,7 @@ class _OwnTrials:
             self._snapshot.restore()
         return self._runner(window, confirmation=confirmation)
 
-    def emulation_facts(self) -> EmulationFacts:
+    def remarks(self) -> AnswerRemarks:
         if self.facts.basis == "measured":
-            return EmulationFacts()
-        return describe_emulation(self._inspection, ()) if self._inspection else EmulationFacts()
+            return AnswerRemarks()
+        return describe_emulation(self._inspection, ()) if self._inspection else AnswerRemarks()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from autobatch._version import __version__
 from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError, WorkloadError
-from autobatch.facts import DeviceFacts, EmulationFacts
+from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.report import Memory, Report, Versions, fingerprint, utc_timestamp
 from autobatch.search import Bracket, SearchSpace, find_bracket, next_size
 from autobatch.throughput import choose_fastest, describe_times, sizes_to_time, windows_per_trial
@@ -38,8 +38,8 @@ class TrialSource(Protocol):
     def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
         """Run one trial of a window of micro-batch sizes."""
 
-    def emulation_facts(self) -> EmulationFacts:
-        """What is to be said of an emulated answer, asked for after the trials."""
+    def remarks(self) -> AnswerRemarks:
+        """What is to be said of the answer, asked for after the trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class _Probe:
 
     def report(self, plan: Plan | None, workload: str) -> Report:
         """Put together what was found."""
-        facts, emulation = self._source.facts, self._source.emulation_facts()
+        facts, remarks = self._source.facts, self._source.remarks()
         bracket = find_bracket(self._trials)
         largest = bracket.fits
         ceiling_reached = largest == self._space.ceiling
@@ -206,9 +206,12 @@ class _Probe:
         if self._options.objective == "throughput" and plan is not None:
             warnings.append(describe_times(self._trials, self._options, plan.micro_batch_size))
         warnings.append(_describe_leak(self._trials))
-        if emulation.data_dependent:
+        warnings.extend(remarks.warnings)
+        unaccumulated = remarks.unaccumulated if plan is not None and plan.accumulation_steps > 1 else ""
+        warnings.append(unaccumulated)
+        if remarks.data_dependent:
             warnings.append(
-                f"shapes are read from the device by {', '.join(emulation.data_dependent)}: an emulated card holds no values, "
+                f"shapes are read from the device by {', '.join(remarks.data_dependent)}: an emulated card holds no values, "
                 "so this under-measures and is not certified; probe on a real GPU"
             )
         return Report(
@@ -228,10 +231,12 @@ class _Probe:
             trials=tuple(self._trials),
             versions=Versions(autobatch=__version__, torch=facts.torch_version, cuda=facts.cuda_version),
             options=self._options,
-            certified=not emulation.data_dependent and (largest is not None or bracket.fails is not None),
-            data_dependent=emulation.data_dependent,
-            not_modelled=emulation.not_modelled,
-            expected_error=emulation.expected_error,
+            certified=not unaccumulated
+            and not remarks.data_dependent
+            and (largest is not None or bracket.fails is not None),
+            data_dependent=remarks.data_dependent,
+            not_modelled=remarks.not_modelled,
+            expected_error=remarks.expected_error,
             warnings=tuple(filter(None, warnings)),
         )
 

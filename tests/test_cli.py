@@ -81,6 +81,7 @@ def job():
 # ---- bad input ---------------------------------------------------------------------------------------------------------
 
 GPT2 = ("probe", "gpt2", "--target", "8", "--emulate", "T4")
+ON_T4 = ("probe", "--target", "8", "--emulate", "T4")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,23 @@ GPT2 = ("probe", "gpt2", "--target", "8", "--emulate", "T4")
         ((*GPT2, "--device", "cuda:7"), 2, ["T4", "cuda:7", "cuda:0"]),
         ((*GPT2, "--device", "cpu"), 69, ["device cpu", "NVIDIA"]),
         ((*GPT2, "--objective", "throughput"), 2, ["throughput", "real GPU", "max or plan"]),
-        ((*GPT2, "--", "python", "train.py"), 2, ["not supported yet"]),
+        ((*GPT2, "--", "python", "train.py"), 2, ["both the workload gpt2 and a command"]),
+        (("run", "--target", "8"), 2, ["no command", "autobatch run --target N -- COMMAND"]),
+        (
+            ("run", "--target", "8", "--emulate", "T4", "--", "x", "{micro_batch_size}"),
+            2,
+            ["--emulate T4", "where the card is"],
+        ),
+        ((*ON_T4, "--"), 2, ["no command", "write --"]),
+        ((*ON_T4, "--set", "a.yaml:b=1"), 2, ["--set a.yaml:b=1", "behind --"]),
+        (
+            (*ON_T4, "--split", "balanced", "--", "python", "t.py", "{micro_batch_size}"),
+            2,
+            ["mixes two", "--split even"],
+        ),
+        ((*ON_T4, "--set", "a.yaml=1", "--", "python", "t.py"), 2, ["FILE:KEY=VALUE"]),
+        ((*ON_T4, "--set", "a.ini:b=1", "--", "python", "t.py"), 2, ["a.ini", ".json, .yaml"]),
+        ((*ON_T4, "--set", "no.yaml:b=1", "--", "python", "no.yaml"), 2, ["cannot read no.yaml"]),
         (("probe", "--target", "8", "--device", "mps"), 69, ["device mps", "--emulate"]),
         (("probe", "--target", "8", "--device", "tpu"), 2, ["'tpu'", "cuda:N"]),
         (("probe", "--target", "10", "--world-size", "4"), 5, ["target 10", "world_size 4", "--split balanced"]),

@@ -66,6 +66,7 @@ PUBLIC = [
     "load_catalogue",
     "make_plan",
     "probe",
+    "probe_command",
     "probe_workload",
     "report_svg",
     "state_hash",
@@ -92,7 +93,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("workload",),
     ("snapshot",),
     ("training",),
-    ("probing", "emulation", "isolation", "worker", "lastwords", "library", "child_probe", "doctor"),
+    ("probing", "emulation", "isolation", "worker", "lastwords", "library", "command", "child_probe", "doctor"),
     ("present", "reporting", "cli", "__init__", "__main__"),
 ]
 
@@ -207,8 +208,8 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    outlets = {"--plot", "--report-to", "--report-as"}
-    assert flags - {"--help", "--format", "--verbose"} - outlets == fields
+    of_faces = {"--plot", "--report-to", "--report-as", "--set"}
+    assert flags - {"--help", "--format", "--verbose"} - of_faces == fields
 
 
 def test_the_package_says_that_it_is_typed() -> None:

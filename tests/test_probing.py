@@ -10,7 +10,7 @@ import pytest
 from fakes import MIB, ScriptedMemory, scripted_device
 
 from autobatch.errors import BusyError, PlanError, UsageError, WorkloadError
-from autobatch.facts import DeviceFacts, EmulationFacts
+from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.options import ProbeOptions
 from autobatch.probing import ProbeEvent, TrialEnded, TrialStarted, conduct_probe, nothing_fits
 from autobatch.report import Report
@@ -41,7 +41,7 @@ class Trials:
         self._noise, self._leaks_bytes, self._left_bytes = noise, leaks_bytes, 50 * MIB
         self._fits = fits
         self._seconds = seconds
-        self._emulation = EmulationFacts(**facts)
+        self._emulation = AnswerRemarks(**facts)
         known = scripted_device(ScriptedMemory(budget_bytes=1024 * MIB)).facts
         self.facts = known
         if facts:
@@ -74,7 +74,7 @@ class Trials:
             oom_request_bytes=0 if fits else max(shape) * MIB,
         )
 
-    def emulation_facts(self) -> EmulationFacts:
+    def remarks(self) -> AnswerRemarks:
         return self._emulation
 
     @property

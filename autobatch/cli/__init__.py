@@ -1,4 +1,4 @@
-"""The command line: `autobatch probe`, `plan`, `check`, `emulate`, `gpus`, `doctor`, and the service's `serve` and `token`."""
+"""The command line: `autobatch probe`, `run`, `plan`, `check`, `emulate`, `gpus`, `doctor`, and the service's commands."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _build_parser() -> Parser:
-    from autobatch.cli import cards, check, emulate, plan, probe
+    from autobatch.cli import cards, check, emulate, plan, probe, run
 
     parser = Parser(
         prog="autobatch",
@@ -142,7 +142,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (probe, plan, check, emulate, cards, service):
+    for module in (probe, run, plan, check, emulate, cards, service):
         module.add_commands(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

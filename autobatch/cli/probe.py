@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autobatch.report import Report
     from autobatch.reporting import ReportingService
 
-__all__ = ["DEFAULT_CARD", "DEFAULT_WORKLOAD", "add_commands"]
+__all__ = ["DEFAULT_CARD", "DEFAULT_WORKLOAD", "Subject", "add_command_flags", "add_commands", "choose_card"]
 
 DEFAULT_WORKLOAD = "gpt2"
 """What is probed where neither the command line nor a pyproject.toml names a training job."""
@@ -30,23 +30,26 @@ DEFAULT_CARD = "A100-SXM4-40GB"
 _DESCRIPTION = """\
 Find the largest micro-batch that trains, and print the plan that hits the target. WORKLOAD is a built-in (gpt2,
 resnet50, vit), module:factory or path/to/file.py:factory, with parameters as gpt2?seq_len=512&layers=24; without one, the
-workload in [tool.autobatch] of ./pyproject.toml, else gpt2. Every option can stand in that table too; a flag wins."""
+workload in [tool.autobatch] of ./pyproject.toml, else gpt2. Every option can stand in that table too; a flag wins.
+
+Behind -- stands any training command instead, unmodified, with {micro_batch_size} and {accumulation_steps} ({target},
+{world_size}) where its arguments take them; AUTOBATCH_MICRO_BATCH_SIZE and so on say the same. It is started for each trial and
+ended before it saves anything."""
 
 
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "probe", help="find the micro-batch, print the plan", description=_DESCRIPTION, allow_abbrev=False
+        "probe",
+        help="find the micro-batch, print the plan",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("workload", nargs="?", metavar="WORKLOAD", help="the training job")
     add_option_flags(parser)
     add_format_flag(parser)
-    parser.add_argument(
-        "--verbose",
-        action="store_true",
-        default=argparse.SUPPRESS,  # so that a file's setting shows through
-        help="show what the training job prints, and tracebacks",
-    )
+    add_command_flags(parser)
     parser.add_argument(
         "--plot", metavar="FILE", help="draw size against memory into a .png, .svg or .pdf (needs matplotlib)"
     )
@@ -59,38 +62,95 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_command_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what belongs to a training command behind --."""
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,  # so that a file's setting shows through
+        help="show what the training job prints, and tracebacks",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FILE:KEY=VALUE",
+        help="set a key in a copy of a JSON, YAML or TOML file of the command's, such as c.yaml:train.batch={micro_batch_size}",
+    )
+
+
 def run(parsed: argparse.Namespace) -> int:
     """Run the probe that the command line asks for."""
-    from autobatch.child_probe import probe_workload
-    from autobatch.present.progress import ProgressLines
     from autobatch.probing import nothing_fits
 
-    if parsed.command is not None:
-        raise UsageError("a training command after -- is not supported yet: name a workload, such as train.py:job")
     settings = read_settings(Path("pyproject.toml"))
-    workload = parsed.workload or settings.workload or DEFAULT_WORKLOAD
+    subject = Subject.read(parsed, settings.workload)
     form = getattr(parsed, "format", None) or settings.form or "table"
     # Kept where what shows errors finds it too.
     parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
     asked = options_from(parsed, settings.options)
-    _check_workload(workload)
     # Before the first trial, and before torch is imported: whether the target can be hit at all.
     asked.make_plan(asked.ceiling)
+    subject.check(asked)
     check_form(asked, form)
     named_a_device = hasattr(parsed, "device") or "device" in settings.options
-    options = _choose_card(
-        asked, may_emulate=not named_a_device and form in {"table", "json"} and parsed.report_to is None
-    )
+    takes_default = not named_a_device and form in {"table", "json"} and parsed.report_to is None
+    options = choose_card(asked, may_emulate=takes_default and subject.command is None)
     _check_card(options)
-    outlets = _Outlets.open(parsed, workload)
-
-    with ProgressLines(error_console(), live=not parsed.verbose) as progress:
-        report = probe_workload(workload, progress=progress, show_output=parsed.verbose, **vars(options))
+    outlets = _Outlets.open(parsed, subject)
+    report = subject.probe(options, verbose=parsed.verbose)
     _print(report, form)
     outlets.pass_on(report)
     if report.plan is None:
         raise nothing_fits(report)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is probed: a workload, or a command."""
+
+    workload: str
+    """The workload's name; the command's words where one is probed."""
+    command: tuple[str, ...] | None
+    edits: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, parsed: argparse.Namespace, configured: str | None) -> Subject:
+        """Read the command line, and check what can be checked before anything is started."""
+        if parsed.command is None:
+            if parsed.set:
+                raise UsageError(
+                    f"--set {parsed.set[0]} edits a file of a training command: write the command behind --"
+                )
+            workload = parsed.workload or configured or DEFAULT_WORKLOAD
+            _check_workload(workload)
+            return cls(workload=workload, command=None)
+        if parsed.workload is not None:
+            raise UsageError(f"both the workload {parsed.workload} and a command behind -- are named: choose one")
+        from autobatch.command.template import CommandTemplate
+
+        template = CommandTemplate.parse(parsed.command, parsed.set)
+        return cls(workload=template.text, command=template.arguments, edits=tuple(parsed.set))
+
+    def check(self, options: ProbeOptions) -> None:
+        """Refuse options that the subject cannot be probed with."""
+        if self.command is not None:
+            from autobatch.command.template import CommandTemplate
+
+            CommandTemplate.check_options(options)
+
+    def probe(self, options: ProbeOptions, *, verbose: bool) -> Report:
+        """Run the probe, with its progress on standard error."""
+        from autobatch.child_probe import probe_command, probe_workload
+        from autobatch.present.progress import ProgressLines
+
+        with ProgressLines(error_console(), live=not verbose) as progress:
+            if self.command is None:
+                return probe_workload(self.workload, progress=progress, show_output=verbose, **vars(options))
+            return probe_command(
+                self.command, edits=self.edits, progress=progress, show_output=verbose, **vars(options)
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +162,11 @@ class _Outlets:
     reported_as: str
 
     @classmethod
-    def open(cls, parsed: argparse.Namespace, workload: str) -> _Outlets:
+    def open(cls, parsed: argparse.Namespace, subject: Subject) -> _Outlets:
         """See, before a probe of minutes, that each can be written to."""
-        service, plot, name = None, None, _name_at_service(parsed.report_as, workload)
+        service, plot, name = None, None, _name_at_service(parsed.report_as, subject)
+        if parsed.report_to is not None and subject.command is not None and parsed.report_as is None:
+            raise UsageError("a command has no name at the service: give --report-as NAME too")
         if parsed.plot is not None:
             from autobatch.present.plot import check_plot_path
 
@@ -135,11 +197,11 @@ class _Outlets:
         say(f"reported to {self.service.url} as {measurement}")
 
 
-def _name_at_service(given: str | None, workload: str) -> str:
+def _name_at_service(given: str | None, subject: Subject) -> str:
     """What the service calls the job: the name given, with the parameters that the job runs with here."""
     if given is None:
-        return workload
-    query = workload.partition("?")[2]
+        return subject.workload
+    query = "" if subject.command else subject.workload.partition("?")[2]
     return f"{given}?{query}" if query and "?" not in given else given
 
 
@@ -160,7 +222,7 @@ def _check_workload(workload: str) -> None:
     WorkloadName.parse(workload)
 
 
-def _choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:
+def choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:
     """Decide between a real card and an emulated one, which is used unasked only where no figure can be mistaken."""
     import dataclasses
 

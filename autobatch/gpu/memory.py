@@ -64,6 +64,9 @@ class DeviceMemory(Protocol):
     def alloc_retries(self) -> int:
         """Cache flushes of the allocator since the trial began."""
 
+    def num_ooms(self) -> int:
+        """Out-of-memory errors of the allocator since the trial began, also those that the job swallowed."""
+
     def read(self) -> MemoryReading:
         """What the trial has used since `begin`."""
 
@@ -191,6 +194,10 @@ class CudaMemory:
     def alloc_retries(self) -> int:
         """Cache flushes of the allocator since the trial began."""
         return int(self._torch.cuda.memory_stats(self._ordinal).get("num_alloc_retries", 0)) - self._retries_before
+
+    def num_ooms(self) -> int:
+        """Out-of-memory errors of the allocator since the trial began, also those that the job swallowed."""
+        return int(self._torch.cuda.memory_stats(self._ordinal).get("num_ooms", 0)) - self._ooms_before
 
     def read(self) -> MemoryReading:
         """What the trial has used since `begin`."""

@@ -83,7 +83,7 @@ class ProgressLines:
         result = "confirmed" if trial.confirmation and trial.fits else _bracket_text(event.bracket)
         line = Text(f"{window_text(trial.window):>10}  ")
         line.append(f"{words:<13}", colour)
-        line.append(f" {self._memory(trial):<24}{event.seconds:6.1f} s   {result}")
+        line.append(f" {self._memory(trial):<24}{_seconds(event.seconds)}   {result}")
         self._line(line)
 
     def _memory(self, trial: Trial) -> str:
@@ -102,3 +102,8 @@ def _bracket_text(bracket: Bracket) -> str:
     if bracket.fails is None:
         return f"at least {bracket.fits}"
     return f"between {bracket.fits} and {bracket.fails}"
+
+
+def _seconds(seconds: float) -> str:
+    """What a trial took; nothing of one that had run before it was asked for."""
+    return f"{seconds:6.1f} s" if seconds >= 0.05 else " " * 8

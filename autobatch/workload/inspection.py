@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from autobatch.gpu.memory import DeviceMemory
     from autobatch.workload.job import TrainingJob
 
-__all__ = ["Inspection", "inspect_job"]
+__all__ = ["Inspection", "OperatorWatch", "inspect_job"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ _BY_NAME = frozenset(
 )
 # A tensor indexed by a mask takes its shape from the mask's values; indexed by numbers, from the number of them.
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
+
+
+_BENEATH = frozenset({"torch", "autobatch"})
+_TRAINERS = ("transformers.trainer", "accelerate.", "lightning.", "pytorch_lightning.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +81,55 @@ def inspect_job(make_job: Callable[[], TrainingJob], memory: DeviceMemory, size:
 
 def _watch(make_job: Callable[[], TrainingJob], size: int) -> Inspection:
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    found: set[str] = set()
-    convolutions: set[str] = set()
-
-    class Watcher(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - the operator's name
-            if name.startswith(("convolution", "cudnn_convolution")):
-                convolutions.add(name)
-            if reason := _reads_shape(name, func, args):
-                found.add(reason)
-            return func(*args, **(kwargs or {}))
 
     job = make_job()
-    with Watcher():  # type: ignore[no-untyped-call]  # torch's class has no annotations
+    watch = OperatorWatch()
+    watch.start()
+    try:
         job.micro_step(size)
+    finally:
+        watch.stop()
     torch.cuda.synchronize()
-    return Inspection(data_dependent=tuple(sorted(found)), has_convolutions=bool(convolutions))
+    return watch.inspection()
+
+
+class OperatorWatch:
+    """Looks at every operator that is called between `start` and `stop`, in this thread and in the backwards that it runs."""
+
+    def __init__(self) -> None:
+        self._shapes: set[str] = set()
+        self._has_convolutions = False
+        self._mode: Any = None
+
+    def start(self) -> None:
+        """Begin to look."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        note = self._note
+
+        class Watcher(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                note(func, args)
+                return func(*args, **(kwargs or {}))
+
+        self._mode = Watcher()  # type: ignore[no-untyped-call]  # torch's class has no annotations
+        self._mode.__enter__()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def inspection(self) -> Inspection:
+        """What was seen."""
+        return Inspection(data_dependent=tuple(sorted(self._shapes)), has_convolutions=self._has_convolutions)
+
+    def _note(self, func: Any, args: Any) -> None:
+        name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - the operator's name
+        self._has_convolutions |= name.startswith(("convolution", "cudnn_convolution"))
+        if reason := _reads_shape(name, func, args):
+            self._shapes.add(reason)
 
 
 def _reads_shape(name: str, func: Any, args: Any) -> str:
@@ -107,9 +143,20 @@ def _reads_shape(name: str, func: Any, args: Any) -> str:
     if name in _BY_NAME or torch.Tag.dynamic_output_shape in func.tags:
         return name
     whole = on_device[0].dtype in {torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool}
-    if name == "_local_scalar_dense" and whole:
+    if name == "_local_scalar_dense" and whole and not _is_read_by_a_trainer():
         return "item"
     return ""
+
+
+def _is_read_by_a_trainer() -> bool:
+    """Whether the loop of a training framework reads the number, which it divides a loss by or logs, and makes no shape of."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - a whole stack for each number read would take long
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] not in _BENEATH:
+            return module.startswith(_TRAINERS)
+        frame = frame.f_back
+    return False
 
 
 def _has_mask(args: Any) -> bool:

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autobatch.errors import AutobatchError, BusyError, WorkloadError
-from autobatch.gpu.oom import FailureKind, Verdict, classify, requested_bytes
-from autobatch.trial import Outcome, Trial
-from autobatch.units import format_bytes
-from autobatch.workload.timing import StepTimes
+from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.workload.judging import Failure, Progress, explain_failure, judge, try_beside_tenants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autobatch.gpu.memory import DeviceMemory, MemoryReading
+    from autobatch.gpu.memory import DeviceMemory
+    from autobatch.trial import Trial
     from autobatch.workload.job import TrainingJob
 
 __all__ = ["TrialRunner"]
 
 # A GradScaler starts high and skips steps until its scale fits; a window whose step was skipped does not count.
 _MOST_WINDOWS = 30
-# Pauses before each attempt while another process takes memory: it may be one that only starts.
-_PAUSES_SECONDS = (0.0, 1.0, 3.0)
-
-
-@dataclass
-class _Progress:
-    """How far a trial came: read after the frames of a failed one are gone."""
-
-    steps: int = 0
-    windows: int = 0
-    held_at_start_bytes: int = 0
-    held_bytes: int = 0
-    gradient_bytes: int = 0
-    retries_at_second: int = 0
-    times: StepTimes = field(default_factory=StepTimes)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What is kept of an exception once its frames, which hold the tensors, are let go."""
-
-    message: str
-    """What to say of it where it is not for want of memory."""
-    traceback_text: str
-    reason: str
-    is_memory: bool = False
-    is_final: bool = False
-    """Whether the CUDA context is lost, so that nothing more can be run or read."""
-    requested_bytes: int = 0
 
 
 class TrialRunner:
@@ -106,18 +73,10 @@ class TrialRunner:
             WorkloadError: the job failed, but not for want of device memory; or it ran no optimizer step.
             BusyError: another process kept taking the device's memory meanwhile.
         """
-        for pause_seconds in _PAUSES_SECONDS:
-            time.sleep(pause_seconds)
-            trial, growth = self._attempt(tuple(window), confirmation=confirmation)
-            if trial.fits or growth == 0:
-                return trial
-        raise BusyError(
-            f"another process took {format_bytes(growth)} of the GPU while micro-batch {max(window)} was tried, "
-            f"{len(_PAUSES_SECONDS)} times: free the GPU, or try again later"
-        )
+        return try_beside_tenants(lambda: self._attempt(tuple(window), confirmation=confirmation))
 
     def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
-        progress = _Progress()
+        progress = Progress()
         with contextlib.ExitStack() as afterwards:
             # Last in, first out: the memory is let go before the caller's state is put back, which may need some.
             if self._after_trial is not None:
@@ -133,35 +92,34 @@ class TrialRunner:
                 afterwards.pop_all()
                 raise WorkloadError(failure.message, traceback_text=failure.traceback_text, context_lost=True)
             reading = self._memory.read()
-            trial = self._judge(window, progress, reading, failure, confirmation=confirmation)
+            trial = judge(
+                window,
+                progress,
+                reading,
+                failure,
+                budget_bytes=self._memory.budget_bytes,
+                timed=self._timed,
+                confirmation=confirmation,
+            )
+            if trial.fits:
+                self._smallest_run = min(trial.micro_batch_size, self._smallest_run or trial.micro_batch_size)
         return trial, reading.tenant_growth_bytes
 
-    def _run_guarded(self, window: tuple[int, ...], progress: _Progress) -> _Failure | None:
+    def _run_guarded(self, window: tuple[int, ...], progress: Progress) -> Failure | None:
         try:
             self._run_windows(window, progress)
         except WorkloadError as error:
             # A job that swallowed an out-of-memory error looks like one that never trains: the reading decides.
-            return _Failure(message=str(error), traceback_text=error.traceback_text, reason=str(error))
+            return Failure(message=str(error), traceback_text=error.traceback_text, reason=str(error))
         except AutobatchError:
             raise
         except Exception as error:  # noqa: BLE001 - the job may raise anything; what it means is decided in one place
-            return self._explain_failure(error, max(window))
+            size = max(window)
+            smaller_ran = self._smallest_run is not None and self._smallest_run < size
+            return explain_failure(error, size, nearly_full=self._memory.is_nearly_full(), smaller_ran=smaller_ran)
         return None
 
-    def _explain_failure(self, error: Exception, size: int) -> _Failure:
-        smaller_ran = self._smallest_run is not None and self._smallest_run < size
-        verdict = classify(error, device_nearly_full=self._memory.is_nearly_full(), smaller_size_ran=smaller_ran)
-        text = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")  # a bare `assert` says nothing
-        return _Failure(
-            message=_describe(size, verdict, text),
-            traceback_text="".join(traceback.format_exception(error)),
-            reason=verdict.reason if verdict.kind is FailureKind.MEMORY else text,
-            is_memory=verdict.kind is FailureKind.MEMORY,
-            is_final=verdict.context_lost,
-            requested_bytes=requested_bytes(error),
-        )
-
-    def _run_windows(self, window: tuple[int, ...], progress: _Progress) -> None:
+    def _run_windows(self, window: tuple[int, ...], progress: Progress) -> None:
         job = self._make_job()
         _check_devices(job, self._memory.device_name)
         for optimizer in job.optimizers():
@@ -190,7 +148,7 @@ class TrialRunner:
                 self._note_window(progress, first_step=first_step)
 
     def _run_window(
-        self, job: TrainingJob, window: tuple[int, ...], progress: _Progress, counter: _StepCounter
+        self, job: TrainingJob, window: tuple[int, ...], progress: Progress, counter: _StepCounter
     ) -> tuple[float, float]:
         """Run one window to its end; the seconds of its micro-batches, and those of its end."""
         steps_before = counter.steps
@@ -213,61 +171,11 @@ class TrialRunner:
         progress.windows += 1
         return micro_batches_seconds, self._clock() - end_began
 
-    def _note_window(self, progress: _Progress, *, first_step: bool) -> None:
+    def _note_window(self, progress: Progress, *, first_step: bool) -> None:
         if progress.windows == 1 or first_step:  # both load kernels, which take memory outside the allocator
             self._memory.settle()
         if progress.steps <= 2:
             progress.retries_at_second = self._memory.alloc_retries()
-
-    def _judge(
-        self,
-        window: tuple[int, ...],
-        progress: _Progress,
-        reading: MemoryReading,
-        failure: _Failure | None,
-        *,
-        confirmation: bool,
-    ) -> Trial:
-        size = max(window)
-        ran_out = reading.num_ooms > 0  # below 0 where the job reset the allocator's own counts
-        if failure is not None and not failure.is_memory and not ran_out:
-            raise WorkloadError(failure.message, traceback_text=failure.traceback_text)
-        retries = max(0, reading.alloc_retries - progress.retries_at_second)
-        note = ""
-        if failure is not None or ran_out:
-            outcome = Outcome.OUT_OF_MEMORY
-            note = _describe_shortage(failure)
-        elif reading.footprint_bytes > self._memory.budget_bytes:
-            outcome = Outcome.OVER_BUDGET
-        elif retries:
-            outcome = Outcome.THRASHES
-        else:
-            outcome = Outcome.FITS
-            self._smallest_run = min(size, self._smallest_run or size)
-        is_timed = self._timed and outcome is not Outcome.OUT_OF_MEMORY
-        times = progress.times if is_timed else StepTimes()
-        return Trial(
-            micro_batch_size=size,
-            outcome=outcome,
-            micro_batches_per_step=len(window),
-            window=window,
-            steps=progress.steps,
-            peak_allocated_bytes=reading.peak_allocated_bytes,
-            peak_reserved_bytes=reading.peak_reserved_bytes,
-            footprint_bytes=reading.footprint_bytes,
-            alloc_retries=retries,
-            seconds_per_step=times.median_seconds,
-            seconds_per_step_deviation=times.deviation_seconds,
-            seconds_per_step_end=times.end_seconds,
-            timed_steps=times.num_steady,
-            confirmation=confirmation,
-            held_at_start_bytes=progress.held_at_start_bytes,
-            held_bytes=progress.held_bytes,
-            gradient_bytes=progress.gradient_bytes,
-            largest_segment_bytes=reading.largest_segment_bytes,
-            oom_request_bytes=failure.requested_bytes if failure else 0,
-            note=note,
-        )
 
 
 class _StepCounter:
@@ -312,7 +220,7 @@ def _end_window(job: TrainingJob) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _check_gradients(job: TrainingJob, progress: _Progress) -> None:
+def _check_gradients(job: TrainingJob, progress: Progress) -> None:
     """In the first window: size up the gradients; a job without any would pass every trial without having trained."""
     if progress.windows:
         return
@@ -346,25 +254,3 @@ def _wait_for_device() -> None:
     is_initialized: Callable[[], bool] = torch.cuda.is_initialized
     if is_initialized():
         torch.cuda.synchronize()
-
-
-def _describe(size: int, verdict: Verdict, text: str) -> str:
-    """Say what a failure means where it is not for want of memory."""
-    if verdict.kind is FailureKind.NOT_VRAM:
-        way_out = f"; --max-micro-batch {size - 1} stays below it" if size > 1 else ""
-        return f"micro-batch {size} hit a limit that is not GPU memory, {verdict.limit}: {text}{way_out}"
-    lost = "; the CUDA context is lost, and this process cannot go on using the GPU" if verdict.context_lost else ""
-    return f"the training job failed at micro-batch {size}, and not for want of memory: {text}{lost}"
-
-
-def _describe_shortage(failure: _Failure | None) -> str:
-    if failure is None:
-        return "the job caught an out-of-memory error and went on"
-    if failure.is_memory:
-        return failure.reason
-    return f"the job caught an out-of-memory error, and then: {failure.reason}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from autobatch.errors import PlanError, UsageError
 from autobatch.evidence import Bound, Evidence, SizeFailure, StoredAnswer
-from autobatch.facts import DeviceFacts, EmulationFacts
+from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe
 from autobatch.trial import Outcome, Trial
@@ -55,8 +55,8 @@ class Job:
             confirmation=confirmation,
         )
 
-    def emulation_facts(self) -> EmulationFacts:
-        return EmulationFacts()
+    def remarks(self) -> AnswerRemarks:
+        return AnswerRemarks()
 
     @functools.cache  # noqa: B019 - as many jobs as there are recordings
     def _at(self, size: int, micro_batches: int) -> Trial:

@@ -28,10 +28,10 @@ class Source:
     def run_trial(self, window, *, confirmation):
         return self._runner(window, confirmation=confirmation)
 
-    def emulation_facts(self):
-        from autobatch.facts import EmulationFacts
+    def remarks(self):
+        from autobatch.facts import AnswerRemarks
 
-        return EmulationFacts()
+        return AnswerRemarks()
 
 
 def fits(n: int) -> bool:

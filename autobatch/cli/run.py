@@ -1,0 +1,95 @@
+"""`autobatch run`: probe a training command, then start it for real with the plan in place."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli.flags import add_option_flags, options_from
+from autobatch.cli.output import say
+from autobatch.cli.probe import Subject, add_command_flags, choose_card
+from autobatch.cli.settings import read_settings
+from autobatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from autobatch.plan import Plan
+
+__all__ = ["add_commands"]
+
+# As shells and env(1) have it.
+_NOT_FOUND = 127
+_CANNOT_BE_RUN = 126
+
+_DESCRIPTION = """\
+Probe COMMAND as `autobatch probe` does, then start it with the plan in its places: {micro_batch_size}, {accumulation_steps},
+{target} and {world_size} among its arguments, the same in AUTOBATCH_MICRO_BATCH_SIZE and so on, and in the files of --set.
+What the command prints and its exit status are its own."""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "run",
+        help="probe a training command, then start it with the plan",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_option_flags(parser)
+    add_command_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Probe, then run the command to its end; returns its status."""
+    from autobatch.probing import nothing_fits
+
+    if not parsed.command:
+        raise UsageError("no command: write autobatch run --target N -- COMMAND")
+    settings = read_settings(Path("pyproject.toml"))
+    parsed.workload = None
+    parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
+    subject = Subject.read(parsed, None)
+    asked = options_from(parsed, settings.options)
+    asked.make_plan(asked.ceiling)
+    subject.check(asked)
+    if asked.emulate is not None:
+        raise UsageError(
+            f"--emulate {asked.emulate} measures a card that is not here, and run trains: probe with it, and run where the "
+            "card is"
+        )
+    options = choose_card(asked, may_emulate=False)
+    report = subject.probe(options, verbose=parsed.verbose)
+    if report.plan is None:
+        raise nothing_fits(report)
+    for warning in report.warnings:
+        say(f"note: {warning}")
+    return _start(subject, report.plan)
+
+
+def _start(subject: Subject, plan: Plan) -> int:
+    """Run the command with a plan, as if it had been started by hand."""
+    import os
+
+    from autobatch.command.template import CommandTemplate, CommandValues
+    from autobatch.emulator.launch import run_command
+
+    values = CommandValues(
+        micro_batch_size=plan.micro_batch_size,
+        accumulation_steps=plan.accumulation_steps,
+        target=plan.target,
+        world_size=plan.world_size,
+    )
+    say(
+        f"starting the command with micro-batch {plan.micro_batch_size} and {plan.accumulation_steps} accumulation steps: "
+        f"effective batch size {plan.effective_batch_size}"
+    )
+    with tempfile.TemporaryDirectory(prefix="autobatch-run-", ignore_cleanup_errors=True) as folder:
+        rendered = CommandTemplate.parse(subject.command or (), subject.edits).render(values, Path(folder))
+        try:
+            return run_command(rendered.arguments, {**os.environ, **rendered.environment})
+        except OSError as error:
+            say(f"cannot run {rendered.arguments[0]}: {error.strerror}")
+            return _NOT_FOUND if isinstance(error, FileNotFoundError) else _CANNOT_BE_RUN

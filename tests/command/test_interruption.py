@@ -1,0 +1,75 @@
+"""Whatever ends a probe of a command, and whenever, nothing of the command is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+ROOT = Path(__file__).parents[2]
+TWO_RANKS = ROOT / "tests" / "examples" / "commands" / "two_ranks.py"
+
+
+def start(mark: str, **variables: str) -> subprocess.Popen[bytes]:
+    """A probe of two ranks under torchrun, whose workers have sessions of their own."""
+    command = [
+        *(sys.executable, "-m", "autobatch", "probe", "--target", "4096", "--world-size", "2", "--emulate", "T4", "--"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(TWO_RANKS)),
+        *("--batch-size", "{micro_batch_size}", "--accumulate", "{accumulation_steps}"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOBATCH_TEST_MARK": mark, **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("AUTOBATCH_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until_gone(mark: str, seconds: float) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_random_moments(number: signal.Signals) -> None:
+    """Ten moments in all: the probe ends with its status within seconds, and every process and file of it is gone."""
+    draw = random.Random(int(number))
+    for moment in range(4 if number == signal.SIGINT else 3):
+        mark = f"{os.getpid()}-{number}-{moment}"
+        probe = start(mark)
+        time.sleep(draw.uniform(0.3, 7.0))
+        probe.send_signal(number)
+        assert probe.wait(20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
+        assert marked(mark) == []
+
+
+def test_a_killed_probe_takes_its_command_along(tmp_path: Path) -> None:
+    """SIGKILL leaves the probe no say: what stands between it and the command hears of its death, and ends everything."""
+    mark = f"{os.getpid()}-kill"
+    probe = start(mark, TMPDIR=str(tmp_path))
+    deadline = time.monotonic() + 30
+    while len(marked(mark)) < 5 and time.monotonic() < deadline:  # probe, warden, torchrun, two workers
+        time.sleep(0.05)
+    assert len(marked(mark)) >= 5
+    probe.kill()
+    probe.wait()
+    assert wait_until_gone(mark, 10) == []
+    assert list(tmp_path.glob("autobatch-*")) == []  # torchrun's own folder stays, as whenever it is killed
