@@ -248,6 +248,8 @@ def test_the_maximum_is_the_brute_force_one(
     largest = report.max_micro_batch_size
     assert largest is not None
     assert report.smallest_failing == largest + 1
-    assert report.certified
+    # transformers looks for packed sequences in the position ids, on the device: what an emulated card reads there is no value.
+    assert report.data_dependent == (("item",) if script == "hf_trainer.py" else ())
+    assert report.certified == (script != "hf_trainer.py")
     assert counted_run(script, arguments, largest, 2) == "fits"
     assert counted_run(script, arguments, largest + 1, 2) != "fits"

@@ -15,7 +15,7 @@ options = parser.parse_args()
 
 accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
 model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
-data = torch.utils.data.TensorDataset(torch.zeros(1, 1, 1).expand(8192, 64, 1024))
+data = torch.utils.data.TensorDataset(torch.zeros(1, 1, 1).expand(1 << 16, 64, 1024))
 model, optimizer, loader = accelerator.prepare(
     model, torch.optim.AdamW(model.parameters()), torch.utils.data.DataLoader(data, batch_size=options.batch_size)
 )

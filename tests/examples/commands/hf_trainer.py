@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer,
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
-        return 4096
+        return 1 << 16
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = torch.randint(1000, (128,))

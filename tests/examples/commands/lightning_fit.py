@@ -30,7 +30,7 @@ class Net(lightning.LightningModule):
 
 
 def loader() -> torch.utils.data.DataLoader[tuple[torch.Tensor, ...]]:
-    data = torch.utils.data.TensorDataset(torch.zeros(1, 1, 1).expand(8192, 64, 1024))
+    data = torch.utils.data.TensorDataset(torch.zeros(1, 1, 1).expand(1 << 16, 64, 1024))
     return torch.utils.data.DataLoader(data, batch_size=options.batch_size)
 
 
