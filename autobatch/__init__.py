@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
-    from autobatch.child_probe import probe_command, probe_workload
+    from autobatch.child_probe import probe_command, probe_lengths, probe_workload
     from autobatch.errors import (
         AutobatchError,
         BusyError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autobatch.gpu.catalogue import Card, find_card, load_catalogue
     from autobatch.gpu.presence import Presence, PresentCard, find_presence
     from autobatch.jsonform import from_json_form, to_json_form
+    from autobatch.lengths import LengthEntry, LengthTable
     from autobatch.library import probe
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan, make_plan
@@ -57,6 +58,8 @@ __all__ = [
     "EmulatorError",
     "EquivalenceReport",
     "Evidence",
+    "LengthEntry",
+    "LengthTable",
     "MemoryEvent",
     "NoGpuError",
     "NothingFitsError",
@@ -94,6 +97,7 @@ __all__ = [
     "make_plan",
     "probe",
     "probe_command",
+    "probe_lengths",
     "probe_workload",
     "report_svg",
     "state_hash",
@@ -115,7 +119,12 @@ _HOMES = {
     "training.sampler": ("PlanBatchSampler",),
     "child_probe": (
         "probe_command",
+        "probe_lengths",
         "probe_workload",
+    ),
+    "lengths": (
+        "LengthEntry",
+        "LengthTable",
     ),
     "evidence": (
         "Bound",

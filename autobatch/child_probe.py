@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autobatch.errors import UsageError
 from autobatch.options import ProbeOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from autobatch.command.template import CommandTemplate
     from autobatch.emulator.machine import EmulatedMachine
+    from autobatch.lengths import LengthTable
     from autobatch.probing import ProbeEvent
     from autobatch.report import Report
 
-__all__ = ["probe_command", "probe_workload"]
+__all__ = ["check_job", "probe_command", "probe_lengths", "probe_workload"]
 
 # As many as one machine has; ranks beyond it are on other machines.
 _MOST_CARDS = 8
@@ -58,17 +62,8 @@ def probe_workload(
         >>> report.plan.micro_batch_size, report.basis  # doctest: +SKIP
         (16, 'emulated')
     """
-    from autobatch.isolation import IsolatedTrials
-    from autobatch.probing import conduct_probe
-    from autobatch.workload.loader import WorkloadName
-
-    WorkloadName.parse(workload)
-    asked = ProbeOptions(target=target, **options)
-    asked.make_plan(asked.ceiling)  # says before anything is started that the target cannot be hit
-    with _surroundings(asked, environment) as (surroundings, machine):
-        trials = IsolatedTrials(workload, asked, environment=surroundings, machine=machine, show_output=show_output)
-        with trials:
-            return conduct_probe(trials, asked, workload=workload, progress=progress)
+    job = _Workload(name=workload, show_output=show_output)
+    return job.probe(job.options(target=target, **options), environment, progress)
 
 
 def probe_command(
@@ -111,19 +106,169 @@ def probe_command(
         >>> probe_command(command, target=256, emulate="L4").plan.micro_batch_size  # doctest: +SKIP
         32
     """
-    from autobatch.command.template import CommandTemplate
-    from autobatch.command.trials import CommandTrials
-    from autobatch.probing import conduct_probe
+    job = _Command.parse(command, edits, show_output=show_output)
+    return job.probe(job.options(target=target, **options), environment, progress)
 
-    template = CommandTemplate.parse(command, edits)
-    asked = ProbeOptions(target=target, **options)
-    template.check_options(asked)
-    asked.make_plan(asked.ceiling)
-    # A card for each rank that the command may start here.
-    with _surroundings(asked, environment, cards=asked.world_size) as (surroundings, machine):
-        trials = CommandTrials(template, asked, environment=surroundings, machine=machine, show_output=show_output)
-        with trials:
-            return conduct_probe(trials, asked, workload=template.text, progress=progress)
+
+def probe_lengths(
+    job: str | Sequence[str],
+    lengths: Sequence[int],
+    *,
+    target: int,
+    edits: Sequence[str] = (),
+    progress: Callable[[ProbeEvent], None] | None = None,
+    length_started: Callable[[int], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    show_output: bool = False,
+    **options: Any,
+) -> LengthTable:
+    """Find a micro-batch for each sequence length, for loaders that put sequences of like length together.
+
+    Each length is probed by trials of its own. What fitted at others says where to begin, so that most take few trials.
+
+    Args:
+        job: a workload's name or a command, with `{seq_len}` where the length goes.
+        lengths: in tokens, or whatever the job counts; at least one.
+        target: samples per optimizer step, over all ranks.
+        edits: as for `probe_command`.
+        progress: called with each event as it comes.
+        length_started: called with each length before its trials.
+        environment: the child's environment variables; this process's own where None.
+        show_output: whether what the job prints goes to standard error.
+        options: further fields of `ProbeOptions`, by name.
+
+    Returns:
+        An entry for each length, shortest first.
+
+    Raises:
+        UsageError: the job has no place for the length, or as `probe_workload` and `probe_command` do.
+    """
+    from autobatch.lengths import LengthEntry, LengthTable, first_size, order_of_lengths
+
+    wanted = tuple(sorted(set(lengths)))
+    subject = _subject(job, edits, show_output=show_output)
+    asked = subject.options(target=target, lengths=wanted, **options)
+    reports: dict[int, Report] = {}
+    for length in order_of_lengths(wanted):
+        if length_started is not None:
+            length_started(length)
+        found = {one: report.max_micro_batch_size or 0 for one, report in reports.items()}
+        first = first_size(length, found)
+        reports[length] = subject.probe(asked, environment, progress, first=first, seq_len=length)
+    return LengthTable(entries=tuple(LengthEntry(seq_len=length, report=reports[length]) for length in wanted))
+
+
+def check_job(
+    job: str | Sequence[str], options: ProbeOptions, *, edits: Sequence[str] = (), lengths: Sequence[int] = ()
+) -> None:
+    """Refuse a job, or options, that cannot be probed, before anything is started.
+
+    Raises:
+        UsageError, PlanError: as the probe itself would.
+    """
+    subject = _subject(job, edits, show_output=False)
+    subject.options(lengths=lengths, **vars(options))
+
+
+def _subject(job: str | Sequence[str], edits: Sequence[str], *, show_output: bool) -> _Workload | _Command:
+    if isinstance(job, str):
+        return _Workload(name=job, show_output=show_output)
+    return _Command.parse(job, edits, show_output=show_output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Workload:
+    """A training job by its name."""
+
+    name: str
+    show_output: bool
+
+    def options(self, *, lengths: Sequence[int] = (), **options: Any) -> ProbeOptions:
+        from autobatch.lengths import LENGTH_PLACE
+        from autobatch.workload.loader import WorkloadName
+
+        if bool(lengths) != (LENGTH_PLACE in self.name):
+            raise UsageError(
+                f"lengths go where {LENGTH_PLACE} stands in the job, as in 'gpt2?seq_len={LENGTH_PLACE}' --sizes 128,256: "
+                f"{self.name} is given {len(lengths)}"
+            )
+        WorkloadName.parse(self._at(lengths[0] if lengths else None))
+        return _checked(ProbeOptions(**options))
+
+    def _at(self, seq_len: int | None) -> str:
+        from autobatch.lengths import LENGTH_PLACE
+
+        return self.name if seq_len is None else self.name.replace(LENGTH_PLACE, str(seq_len))
+
+    def probe(
+        self,
+        options: ProbeOptions,
+        environment: Mapping[str, str] | None,
+        progress: Callable[[ProbeEvent], None] | None,
+        *,
+        first: int | None = None,
+        seq_len: int | None = None,
+    ) -> Report:
+        from autobatch.isolation import IsolatedTrials
+        from autobatch.probing import conduct_probe
+
+        name = self._at(seq_len)
+        with _surroundings(options, environment) as (surroundings, machine):
+            trials = IsolatedTrials(
+                name, options, environment=surroundings, machine=machine, show_output=self.show_output
+            )
+            with trials:
+                return conduct_probe(trials, options, workload=name, first=first, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Command:
+    """A training command."""
+
+    template: CommandTemplate
+    show_output: bool
+
+    @classmethod
+    def parse(cls, command: Sequence[str], edits: Sequence[str], *, show_output: bool) -> _Command:
+        from autobatch.command.template import CommandTemplate
+
+        return cls(template=CommandTemplate.parse(command, edits), show_output=show_output)
+
+    def options(self, *, lengths: Sequence[int] = (), **options: Any) -> ProbeOptions:
+        asked = ProbeOptions(**options)
+        self.template.check_options(asked, lengths=lengths)
+        return _checked(asked)
+
+    def probe(
+        self,
+        options: ProbeOptions,
+        environment: Mapping[str, str] | None,
+        progress: Callable[[ProbeEvent], None] | None,
+        *,
+        first: int | None = None,
+        seq_len: int | None = None,
+    ) -> Report:
+        from autobatch.command.trials import CommandTrials
+        from autobatch.probing import conduct_probe
+
+        # A card for each rank that the command may start here.
+        with _surroundings(options, environment, cards=options.world_size) as (surroundings, machine):
+            trials = CommandTrials(
+                self.template,
+                options,
+                environment=surroundings,
+                machine=machine,
+                show_output=self.show_output,
+                first=first,
+                seq_len=seq_len,
+            )
+            with trials:
+                return conduct_probe(trials, options, workload=self.template.text, first=first, progress=progress)
+
+
+def _checked(options: ProbeOptions) -> ProbeOptions:
+    options.make_plan(options.ceiling)  # says before anything is started that the target cannot be hit
+    return options
 
 
 @contextlib.contextmanager

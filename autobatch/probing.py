@@ -71,6 +71,7 @@ def conduct_probe(
     options: ProbeOptions,
     *,
     workload: str,
+    first: int | None = None,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Find the maximum, plan for the target, and confirm the plan's sizes.
@@ -79,6 +80,7 @@ def conduct_probe(
         source: where the trials run.
         options: what is asked.
         workload: the training job's name, for the report.
+        first: the size to begin with, where something is known.
         progress: called with each event as it comes.
 
     Returns:
@@ -94,7 +96,7 @@ def conduct_probe(
     if options.objective == "throughput" and source.facts.basis == "emulated":
         raise UsageError("objective 'throughput' needs a real GPU: an emulated one knows no time; use max or plan")
     options.make_plan(options.ceiling)  # says before the first trial that the target cannot be hit
-    probe = _Probe(source, options, progress or (lambda _: None))
+    probe = _Probe(source, options, progress or (lambda _: None), first)
     plan = probe.find_plan()
     return probe.report(plan, workload)
 
@@ -102,13 +104,22 @@ def conduct_probe(
 class _Probe:
     """One probe under way."""
 
-    def __init__(self, source: TrialSource, options: ProbeOptions, progress: Callable[[ProbeEvent], None]) -> None:
+    def __init__(
+        self,
+        source: TrialSource,
+        options: ProbeOptions,
+        progress: Callable[[ProbeEvent], None],
+        first: int | None,
+    ) -> None:
         self._source = source
         self._options = options
         self._progress = progress
         self._trials: list[Trial] = []
         self._space = SearchSpace(
-            candidates=options.candidates(), budget_bytes=source.facts.memory.budget_bytes, share=options.share
+            candidates=options.candidates(),
+            budget_bytes=source.facts.memory.budget_bytes,
+            share=options.share,
+            first=first,
         )
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
         progress(source.facts)

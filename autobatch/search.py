@@ -32,11 +32,13 @@ class SearchSpace:
         candidates: sizes in samples, ascending, not empty; a `range` is as good as a list.
         budget_bytes: the footprint that a trial may have.
         share: samples of one rank for each optimizer step; a micro-batch of that size runs without accumulation.
+        first: where to begin, from what is known of a job much like this one; None where nothing is.
     """
 
     candidates: Sequence[int]
     budget_bytes: int
     share: int
+    first: int | None = None
 
     @property
     def ceiling(self) -> int:
@@ -118,8 +120,8 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
         A candidate inside the bracket; None once the search is over.
     """
     inside = [trial for trial in trials if trial.micro_batch_size <= space.ceiling]
-    if not inside:
-        return space.at_most(max(space.candidates[0], math.isqrt(space.ceiling) // 2))
+    if (opening := _opening(inside, space)) is not None:
+        return opening
     bracket = find_bracket(inside)
     if bracket.fails is None:
         return _grow(inside, space, bracket)
@@ -169,6 +171,19 @@ def _grow(trials: Sequence[Trial], space: SearchSpace, bracket: Bracket) -> int 
     if len(fitting) > _PATIENCE + 1:
         proposal = max(proposal, space.at_most(low + 2 * (low - fitting[-2])))
     return proposal
+
+
+def _opening(trials: Sequence[Trial], space: SearchSpace) -> int | None:
+    """The first size and, where that was well known, the one beside it: if it was right, one trial more proves it."""
+    if not trials:
+        return space.at_most(space.first or max(space.candidates[0], math.isqrt(space.ceiling) // 2))
+    if space.first is None or len(trials) > 1:
+        return None
+    trial = trials[0]
+    if trial.fits:
+        return space.above(trial.micro_batch_size)
+    lower = space.at_most(trial.micro_batch_size - 1)
+    return lower if lower < trial.micro_batch_size else None
 
 
 def _is_whole_share_untried(trials: Sequence[Trial], space: SearchSpace) -> bool:

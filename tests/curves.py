@@ -69,9 +69,9 @@ class Search:
         return " ".join(f"{trial.micro_batch_size}{'+' if trial.fits else '-'}" for trial in self.trials)
 
 
-def search_curve(curve: Curve, candidates: Sequence[int], *, most_trials: int = 64) -> Search:
+def search_curve(curve: Curve, candidates: Sequence[int], *, most_trials: int = 64, first: int | None = None) -> Search:
     """Search a curve as a probe would; a search that does not end is an error."""
-    space = SearchSpace(candidates=candidates, budget_bytes=curve.budget_bytes, share=candidates[-1] + 1)
+    space = SearchSpace(candidates=candidates, budget_bytes=curve.budget_bytes, share=candidates[-1] + 1, first=first)
     trials: list[Trial] = []
     while (size := next_size(trials, space)) is not None:
         trials.append(curve.trial_at(size))

@@ -121,6 +121,13 @@ ON_T4 = ("probe", "--target", "8", "--emulate", "T4")
         ((*GPT2, "--device", "cpu"), 69, ["device cpu", "NVIDIA"]),
         ((*GPT2, "--objective", "throughput"), 2, ["throughput", "real GPU", "max or plan"]),
         ((*GPT2, "--", "python", "train.py"), 2, ["both the workload gpt2 and a command"]),
+        ((*ON_T4, "--sizes", "128", "--", "t.py", "{micro_batch_size}"), 2, ["no {seq_len}"]),
+        ((*ON_T4, "--", "t.py", "{micro_batch_size}", "{seq_len}"), 2, ["say which lengths", "--sizes"]),
+        ((*ON_T4, "--sizes", "1-", "--", "t.py", "{seq_len}"), 2, ["'1-' is neither"]),
+        ((*ON_T4, "gpt2", "--sizes", "128"), 2, ["gpt2?seq_len={seq_len}"]),
+        ((*ON_T4, "gpt2?seq_len={seq_len}"), 2, ["is given 0"]),
+        ((*ON_T4, "gpt2?seq_len={seq_len}", "--sizes", "8", "--format", "env"), 2, ["--format env", "--format json"]),
+        (("run", "--target", "8", "--sizes", "8", "--", "x", "{seq_len}"), 2, ["--sizes 8", "probe with it"]),
         (("run", "--target", "8"), 2, ["no command", "autobatch run --target N -- COMMAND"]),
         (
             ("run", "--target", "8", "--emulate", "T4", "--", "x", "{micro_batch_size}"),

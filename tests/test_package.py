@@ -30,6 +30,8 @@ PUBLIC = [
     "EmulatorError",
     "EquivalenceReport",
     "Evidence",
+    "LengthEntry",
+    "LengthTable",
     "MemoryEvent",
     "NoGpuError",
     "NothingFitsError",
@@ -67,6 +69,7 @@ PUBLIC = [
     "make_plan",
     "probe",
     "probe_command",
+    "probe_lengths",
     "probe_workload",
     "report_svg",
     "state_hash",
@@ -84,6 +87,7 @@ FLOORS: list[tuple[str, ...]] = [
         "plan",
         "options",
         "report",
+        "lengths",
         "facts",
         "search",
         "throughput",
@@ -208,7 +212,7 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    of_faces = {"--plot", "--report-to", "--report-as", "--set"}
+    of_faces = {"--plot", "--report-to", "--report-as", "--set", "--sizes"}
     assert flags - {"--help", "--format", "--verbose"} - of_faces == fields
 
 

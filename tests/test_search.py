@@ -237,3 +237,16 @@ def test_a_share_is_tried_whole_where_not_even_the_smallest_size_holds_its_gradi
     trials, bracket = search_share(whole_share_curve(share, gradient_mib=9_500), share)
     assert [trial.fits for trial in trials] == [False, True]
     assert bracket.fits == share
+
+
+@settings(max_examples=100, deadline=None)
+@given(true=st.integers(1, 999), off=st.integers(-3, 3))
+def test_a_search_that_knows_where_to_begin(true: int, off: int):
+    """Right to the sample it takes two trials; some samples beside it still ends with the certificate, in few."""
+    curve = synthetic_curve(budget_mib=40_000, base_mib=2000, per_sample_mib=(40_000 - 300 - 2000) / (true + 0.5))
+    expected = search_curve(curve, range(1, 1001)).bracket
+    search = search_curve(curve, range(1, 1001), first=max(1, true + off))
+    assert (search.bracket.fits, search.bracket.fails) == (expected.fits, expected.fails)
+    assert search.num_sizes <= 10
+    exact = search_curve(curve, range(1, 1001), first=expected.fits)
+    assert exact.num_sizes == 2

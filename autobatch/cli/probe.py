@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.flags import add_format_flag, add_option_flags, options_from
-from autobatch.cli.output import error_console, say, write_plan, write_text, write_view
+from autobatch.cli.output import error_console, say, write_json, write_plan, write_text, write_view
 from autobatch.cli.settings import read_settings
 from autobatch.errors import NoGpuError, PlanError, UnavailableError, UsageError
+from autobatch.lengths import parse_lengths
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
+    from autobatch.lengths import LengthTable
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
     from autobatch.report import Report
@@ -71,6 +73,11 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         help="show what the training job prints, and tracebacks",
     )
     parser.add_argument(
+        "--sizes",
+        metavar="LENGTHS",
+        help="a micro-batch for each sequence length, through {seq_len}: 128,256,512 or 128-1024:128",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -92,17 +99,39 @@ def run(parsed: argparse.Namespace) -> int:
     # Before the first trial, and before torch is imported: whether the target can be hit at all.
     asked.make_plan(asked.ceiling)
     subject.check(asked)
+    subject.check_outlets(parsed, form)
     check_form(asked, form)
     named_a_device = hasattr(parsed, "device") or "device" in settings.options
     takes_default = not named_a_device and form in {"table", "json"} and parsed.report_to is None
     options = choose_card(asked, may_emulate=takes_default and subject.command is None)
     _check_card(options)
     outlets = _Outlets.open(parsed, subject)
+    if subject.lengths:
+        return _probe_lengths(subject, options, form, verbose=parsed.verbose)
     report = subject.probe(options, verbose=parsed.verbose)
     _print(report, form)
     outlets.pass_on(report)
     if report.plan is None:
         raise nothing_fits(report)
+    return 0
+
+
+def _probe_lengths(subject: Subject, options: ProbeOptions, form: str, *, verbose: bool) -> int:
+    """Probe at each length and print the table of them."""
+    from autobatch.probing import nothing_fits
+
+    table = subject.probe_lengths(options, verbose=verbose)
+    if form == "json":
+        from autobatch.jsonform import to_json_form
+
+        write_json(to_json_form(table))
+    else:
+        from autobatch.present.tables import lengths_view
+
+        write_view(lengths_view(table))
+    for entry in table.entries:
+        if entry.report.plan is None:
+            raise nothing_fits(entry.report)
     return 0
 
 
@@ -114,31 +143,44 @@ class Subject:
     """The workload's name; the command's words where one is probed."""
     command: tuple[str, ...] | None
     edits: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    """Sequence lengths to probe at, where they are told apart."""
 
     @classmethod
     def read(cls, parsed: argparse.Namespace, configured: str | None) -> Subject:
         """Read the command line, and check what can be checked before anything is started."""
+        lengths = () if parsed.sizes is None else parse_lengths(parsed.sizes)
         if parsed.command is None:
             if parsed.set:
                 raise UsageError(
                     f"--set {parsed.set[0]} edits a file of a training command: write the command behind --"
                 )
             workload = parsed.workload or configured or DEFAULT_WORKLOAD
-            _check_workload(workload)
-            return cls(workload=workload, command=None)
+            return cls(workload=workload, command=None, lengths=lengths)
         if parsed.workload is not None:
             raise UsageError(f"both the workload {parsed.workload} and a command behind -- are named: choose one")
         from autobatch.command.template import CommandTemplate
 
         template = CommandTemplate.parse(parsed.command, parsed.set)
-        return cls(workload=template.text, command=template.arguments, edits=tuple(parsed.set))
+        return cls(workload=template.text, command=template.arguments, edits=tuple(parsed.set), lengths=lengths)
 
     def check(self, options: ProbeOptions) -> None:
-        """Refuse options that the subject cannot be probed with."""
-        if self.command is not None:
-            from autobatch.command.template import CommandTemplate
+        """Refuse what cannot be probed, or not with these options."""
+        from autobatch.child_probe import check_job
 
-            CommandTemplate.check_options(options)
+        check_job(
+            self.workload if self.command is None else self.command, options, edits=self.edits, lengths=self.lengths
+        )
+
+    def check_outlets(self, parsed: argparse.Namespace, form: str) -> None:
+        """Refuse what a table of lengths cannot be written to."""
+        asked = {
+            "--format " + form: form not in {"table", "json"},
+            "--plot": parsed.plot,
+            "--report-to": parsed.report_to,
+        }
+        if self.lengths and (wrong := next((name for name, given in asked.items() if given), None)):
+            raise UsageError(f"{wrong} takes one report, and --sizes gives one for each length: take --format json")
 
     def probe(self, options: ProbeOptions, *, verbose: bool) -> Report:
         """Run the probe, with its progress on standard error."""
@@ -150,6 +192,22 @@ class Subject:
                 return probe_workload(self.workload, progress=progress, show_output=verbose, **vars(options))
             return probe_command(
                 self.command, edits=self.edits, progress=progress, show_output=verbose, **vars(options)
+            )
+
+    def probe_lengths(self, options: ProbeOptions, *, verbose: bool) -> LengthTable:
+        """Probe at each length, with the progress of each on standard error."""
+        from autobatch.child_probe import probe_lengths
+        from autobatch.present.progress import ProgressLines
+
+        with ProgressLines(error_console(), live=not verbose) as progress:
+            return probe_lengths(
+                self.workload if self.command is None else self.command,
+                self.lengths,
+                edits=self.edits,
+                progress=progress,
+                length_started=lambda length: say(f"sequence length {length}"),
+                show_output=verbose,
+                **vars(options),
             )
 
 
@@ -214,12 +272,6 @@ def _keep(report: Report, workload: str) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="autobatch-report-", suffix=".json", delete=False) as file:
         file.write(body)
     return f"POST {file.name} to /v1/measurements later (curl --json @{file.name} URL/v1/measurements)"
-
-
-def _check_workload(workload: str) -> None:
-    from autobatch.workload.loader import WorkloadName
-
-    WorkloadName.parse(workload)
 
 
 def choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:

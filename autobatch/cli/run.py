@@ -54,6 +54,8 @@ def run(parsed: argparse.Namespace) -> int:
     subject = Subject.read(parsed, None)
     asked = options_from(parsed, settings.options)
     asked.make_plan(asked.ceiling)
+    if parsed.sizes is not None:
+        raise UsageError(f"--sizes {parsed.sizes} gives a plan for each length, and run trains by one: probe with it")
     subject.check(asked)
     if asked.emulate is not None:
         raise UsageError(

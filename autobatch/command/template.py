@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["MICRO_BATCH_VARIABLE", "CommandTemplate", "CommandValues", "RenderedCommand"]
 
 MICRO_BATCH_VARIABLE = "AUTOBATCH_MICRO_BATCH_SIZE"
-_NAMES = ("micro_batch_size", "accumulation_steps", "target", "world_size")
+_NAMES = ("micro_batch_size", "accumulation_steps", "target", "world_size", "seq_len")
 _PLACE = re.compile(r"\{(" + "|".join(_NAMES) + r")\}")
 _BRACED = re.compile(r"\{(\w+)\}")
 
@@ -37,6 +37,8 @@ class CommandValues:
     """Samples per optimizer step, over all ranks."""
     world_size: int
     """Data-parallel ranks."""
+    seq_len: int | None = None
+    """Length of every sequence; None where lengths are not told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +105,22 @@ class CommandTemplate:
             f"arguments, give --set FILE:KEY={{micro_batch_size}}, or read the variable {MICRO_BATCH_VARIABLE} in the script"
         )
 
-    @staticmethod
-    def check_options(options: ProbeOptions) -> None:
-        """Refuse what no command can be given.
+    def check_options(self, options: ProbeOptions, *, lengths: Sequence[int] = ()) -> None:
+        """Refuse what this command cannot be given.
+
+        Args:
+            options: what the probe is asked.
+            lengths: the sequence lengths to probe at, where they are told apart.
 
         Raises:
-            UsageError: the plan would mix sizes.
+            UsageError: the plan would mix sizes, or lengths are given without a place for them, or the other way round.
         """
+        if bool(lengths) != self.uses("seq_len"):
+            raise UsageError(
+                "--sizes names sequence lengths, and the command has no {seq_len} for them"
+                if lengths
+                else "the command has a place for {seq_len}: say which lengths by --sizes, such as --sizes 128,256,512"
+            )
         if options.split != "even":
             raise UsageError(
                 f"split {options.split} mixes two micro-batch sizes, and a command takes one: leave --split even"
@@ -141,7 +152,7 @@ class CommandTemplate:
         Raises:
             UsageError: a file cannot be read or edited.
         """
-        table = {name: str(getattr(values, name)) for name in _NAMES}
+        table = {name: str(value) for name in _NAMES if (value := getattr(values, name)) is not None}
         arguments = [_fill(argument, table) for argument in self.arguments]
         by_file: dict[Path, list[tuple[FileEdit, str]]] = {}
         for edit in self.edits:
@@ -157,7 +168,7 @@ class CommandTemplate:
 
 
 def _fill(text: str, table: Mapping[str, str]) -> str:
-    return _PLACE.sub(lambda match: table[match[1]], text)
+    return _PLACE.sub(lambda match: table.get(match[1], match[0]), text)
 
 
 def _names(argument: str, path: Path) -> bool:

@@ -56,6 +56,8 @@ class CommandTrials:
         environment: Mapping[str, str],
         machine: EmulatedMachine | None = None,
         show_output: bool = False,
+        first: int | None = None,
+        seq_len: int | None = None,
     ) -> None:
         """Prepare the trials.
 
@@ -66,7 +68,10 @@ class CommandTrials:
             machine: the emulated machine that it runs on, where it does.
             show_output: whether what the command prints goes to standard error, rather than to a log that is shown where
                 it fails.
+            first: the size to begin with, where something is known.
+            seq_len: what stands in `{seq_len}`.
         """
+        self._first_size, self._seq_len = first, seq_len
         self._template = template
         self._options = options
         self._environment = environment
@@ -80,7 +85,8 @@ class CommandTrials:
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
 
     def __enter__(self) -> Self:
-        space = SearchSpace(candidates=self._options.candidates(), budget_bytes=0, share=self._options.share)
+        candidates, share = self._options.candidates(), self._options.share
+        space = SearchSpace(candidates=candidates, budget_bytes=0, share=share, first=self._first_size)
         size = next_size([], space)
         if size is None:
             raise UsageError("there is no size to try")  # options hold at least one
@@ -144,6 +150,7 @@ class CommandTrials:
             accumulation_steps=steps,
             target=size * steps * self._options.world_size,  # so that a script that divides it makes short windows
             world_size=self._options.world_size,
+            seq_len=self._seq_len,
         )
         setup = {
             "options": to_json_form(self._options),

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from autobatch.lengths import LengthTable
     from autobatch.plan import Plan
     from autobatch.report import Report
     from autobatch.trial import Trial
 
-__all__ = ["OUTCOME_WORDS", "plan_view", "report_view", "trials_table", "window_text"]
+__all__ = ["OUTCOME_WORDS", "lengths_view", "plan_view", "report_view", "trials_table", "window_text"]
 
 OUTCOME_WORDS = {
     Outcome.FITS: ("fits", "green"),
@@ -59,6 +60,36 @@ def report_view(report: Report) -> RenderableType:
         left_out = "; ".join(report.not_modelled)
         notes.append(Text(f"emulated: {report.expected_error}. Not modelled: {left_out}.", style="yellow"))
     return Group(*parts, *([Text(), *notes] if notes else []))
+
+
+def lengths_view(table: LengthTable) -> RenderableType:
+    """Show a table of lengths: the plan for each, and what it rests on."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    first = table.entries[0].report
+    title = Text.assemble((first.device.name, "bold"), f", {first.basis}, target {first.options.target}")
+    grid = Table(box=None, pad_edge=False)
+    for name in ("length", "micro-batch", "steps", "effective", "largest", "trials"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    notes: dict[str, None] = {}
+    for entry in table.entries:
+        report, plan = entry.report, entry.report.plan
+        found = "–" if report.max_micro_batch_size is None else str(report.max_micro_batch_size)
+        row = ["does not fit", "–", "–"]
+        if plan is not None:
+            row = [str(plan.micro_batch_size), str(plan.accumulation_steps), str(plan.effective_batch_size)]
+        grid.add_row(
+            str(entry.seq_len), *row, found if report.certified else f"{found} not certified", str(len(report.trials))
+        )
+        notes.update(dict.fromkeys(f"length {entry.seq_len}: {warning}" for warning in report.warnings))
+    shown: list[RenderableType] = _notes(tuple(notes))
+    if first.basis == "emulated":
+        shown.append(
+            Text(f"emulated: {first.expected_error}. Not modelled: {'; '.join(first.not_modelled)}.", style="yellow")
+        )
+    return Group(title, Text(), grid, *([Text(), *shown] if shown else []))
 
 
 def window_text(window: Sequence[int]) -> str:
