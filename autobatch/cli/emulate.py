@@ -11,10 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands"]
 
-# As shells and env(1) have it.
-_NOT_FOUND = 127
-_CANNOT_BE_RUN = 126
-
 
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
@@ -33,8 +29,8 @@ def add_commands(commands: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command and end as it does; with 127 where there is no such program, with 126 where it cannot be run."""
-    from autobatch.cli.output import say
-    from autobatch.emulator.launch import open_machine, run_command
+    from autobatch.cli.started import run_to_end
+    from autobatch.emulator.launch import open_machine
     from autobatch.units import parse_bytes
 
     if not parsed.command:
@@ -45,8 +41,4 @@ def run(parsed: argparse.Namespace) -> int:
             f"{parsed.cards!r} names no card: write one or several, such as T4,T4 (`autobatch gpus` lists them)"
         )
     with open_machine(names, tenant_bytes=parse_bytes(parsed.tenant, name="tenant")) as machine:
-        try:
-            return run_command(parsed.command, machine.environment())
-        except OSError as error:
-            say(f"cannot run {parsed.command[0]}: {error.strerror}")
-            return _NOT_FOUND if isinstance(error, FileNotFoundError) else _CANNOT_BE_RUN
+        return run_to_end(parsed.command, machine.environment())

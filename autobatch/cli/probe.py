@@ -172,6 +172,11 @@ class Subject:
             self.workload if self.command is None else self.command, options, edits=self.edits, lengths=self.lengths
         )
 
+    @property
+    def starting(self) -> str:
+        """What is said until the device is known: a command's comes with its first trial."""
+        return "starting torch …" if self.command is None else "running the command once to see its device …"
+
     def check_outlets(self, parsed: argparse.Namespace, form: str) -> None:
         """Refuse what a table of lengths cannot be written to."""
         asked = {
@@ -187,7 +192,7 @@ class Subject:
         from autobatch.child_probe import probe_command, probe_workload
         from autobatch.present.progress import ProgressLines
 
-        with ProgressLines(error_console(), live=not verbose) as progress:
+        with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
             if self.command is None:
                 return probe_workload(self.workload, progress=progress, show_output=verbose, **vars(options))
             return probe_command(
@@ -199,7 +204,7 @@ class Subject:
         from autobatch.child_probe import probe_lengths
         from autobatch.present.progress import ProgressLines
 
-        with ProgressLines(error_console(), live=not verbose) as progress:
+        with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
             return probe_lengths(
                 self.workload if self.command is None else self.command,
                 self.lengths,

@@ -11,16 +11,13 @@ from autobatch.cli.flags import add_option_flags, options_from
 from autobatch.cli.output import say
 from autobatch.cli.probe import Subject, add_command_flags, choose_card
 from autobatch.cli.settings import read_settings
+from autobatch.cli.started import run_to_end
 from autobatch.errors import UsageError
 
 if TYPE_CHECKING:
     from autobatch.plan import Plan
 
 __all__ = ["add_commands"]
-
-# As shells and env(1) have it.
-_NOT_FOUND = 127
-_CANNOT_BE_RUN = 126
 
 _DESCRIPTION = """\
 Probe COMMAND as `autobatch probe` does, then start it with the plan in its places: {micro_batch_size}, {accumulation_steps},
@@ -76,7 +73,6 @@ def _start(subject: Subject, plan: Plan) -> int:
     import os
 
     from autobatch.command.template import CommandTemplate, CommandValues
-    from autobatch.emulator.launch import run_command
 
     values = CommandValues(
         micro_batch_size=plan.micro_batch_size,
@@ -90,8 +86,4 @@ def _start(subject: Subject, plan: Plan) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="autobatch-run-", ignore_cleanup_errors=True) as folder:
         rendered = CommandTemplate.parse(subject.command or (), subject.edits).render(values, Path(folder))
-        try:
-            return run_command(rendered.arguments, {**os.environ, **rendered.environment})
-        except OSError as error:
-            say(f"cannot run {rendered.arguments[0]}: {error.strerror}")
-            return _NOT_FOUND if isinstance(error, FileNotFoundError) else _CANNOT_BE_RUN
+        return run_to_end(rendered.arguments, {**os.environ, **rendered.environment})

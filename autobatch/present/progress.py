@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressLines"]
 
-_STARTING = "starting torch …"
-
 
 class ProgressLines:
     """Shows each event of a probe: which size is tried, what it took, and the bracket around the answer.
@@ -31,22 +29,24 @@ class ProgressLines:
     A context manager; called with each `ProbeEvent`.
     """
 
-    def __init__(self, console: Console, *, live: bool = True) -> None:
+    def __init__(self, console: Console, *, live: bool = True, starting: str = "starting torch …") -> None:
         """Prepare to write.
 
         Args:
             console: where to.
             live: whether a terminal shows what is under way, in a line that moves; not where others write to it too.
+            starting: what is said until the device is known.
         """
         self._console = console
-        self._status = console.status(_STARTING) if console.is_terminal and live else None
+        self._status = console.status(starting) if console.is_terminal and live else None
+        self._starting = starting
         self._budget_bytes = 1
 
     def __enter__(self) -> Self:
         if self._status is not None:
             self._status.start()
         else:
-            self._console.print(_STARTING, highlight=False)
+            self._console.print(self._starting, highlight=False)
         return self
 
     def __exit__(
