@@ -71,7 +71,11 @@ def write_edited(path: Path, copy: Path, values: Mapping[str, str]) -> None:
     document, dump = _load(path)
     for key, text in values.items():
         holder, last = _find(document, FileEdit(path=path, key=key, value=text))
-        holder[last] = _value(text)
+        try:
+            holder[last] = _value(text)
+            dump(document)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{path.name} cannot hold {text} at {key}: {error}") from None
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(dump(document), encoding="utf-8")
 
@@ -86,7 +90,7 @@ def _find(document: Any, edit: FileEdit) -> tuple[Any, Any]:
         if not is_there:
             known = ", ".join(map(str, holder)) if hasattr(holder, "keys") else f"a {type(holder).__name__}"
             where = ".".join(names[:position]) or "the file"
-            raise UsageError(f"{edit.path} has no key {edit.key}: {where} has {known}")
+            raise UsageError(f"{edit.path} has no key {edit.key} (dots part names): {where} has {known}")
         if position == len(names) - 1:
             return holder, at
         holder = holder[at]
@@ -103,7 +107,7 @@ def _value(text: str) -> Any:
 def _load(path: Path) -> tuple[Any, Callable[[Any], str]]:
     """A file's content, and what writes such content in its format."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return _KINDS[path.suffix.lower()](text)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
@@ -116,9 +120,16 @@ def _json(text: str) -> tuple[Any, Callable[[Any], str]]:
 def _yaml(text: str) -> tuple[Any, Callable[[Any], str]]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.events import AliasEvent
 
     yaml = YAML()  # keeps comments, quotes and order: what is not set reads as before
     yaml.preserve_quotes = True
+    read: Callable[[str], Any] = yaml.load
+    if any(isinstance(event, AliasEvent) for event in _events(text)):
+        # Where a part stands twice, setting a key of the one would set the other's: each gets a copy of its own.
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        read = lambda content: _unshared(yaml.load(content))  # noqa: E731
 
     def dump(document: Any) -> str:
         stream = io.StringIO()
@@ -126,9 +137,25 @@ def _yaml(text: str) -> tuple[Any, Callable[[Any], str]]:
         return stream.getvalue()
 
     try:
-        return yaml.load(text), dump
+        return read(text), dump
     except YAMLError as error:
         raise ValueError(str(error)) from None
+
+
+def _events(text: str) -> list[Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return list(YAML().parse(text))
+    except YAMLError:
+        return []  # told when it is loaded
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _toml(text: str) -> tuple[Any, Callable[[Any], str]]:

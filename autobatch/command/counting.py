@@ -21,6 +21,8 @@ class StepCounts:
 
     def __init__(self) -> None:
         self.backwards = 0
+        self.grads = 0
+        """Calls of `torch.autograd.grad` outside of a backward: what makes gradients where no backward does."""
         self.fewest_in_window: int | None = None
         """Backward passes before a step of any optimizer, the fewest of all windows; None before the first."""
         self._at_any_step = 0
@@ -45,10 +47,20 @@ class StepCounts:
         """End the outermost backward."""
         self._is_in_backward = False
 
+    def note_grad(self) -> None:
+        """Count a call of `torch.autograd.grad`, which is a gradient penalty unless nothing else makes gradients."""
+        if not self._is_in_backward:
+            self.grads += 1
+
+    @property
+    def passes(self) -> int:
+        """What made gradients so far."""
+        return self.backwards or self.grads
+
     @property
     def in_window(self) -> int:
         """Backward passes since the last step of any optimizer."""
-        return self.backwards - self._at_any_step
+        return self.passes - self._at_any_step
 
     def enter_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Begin a step; False where it runs inside of another optimizer's."""
@@ -67,10 +79,10 @@ class StepCounts:
         """Count a step; True where it makes a window more, of the optimizer that made most."""
         if self.in_window:
             self.fewest_in_window = min(self.in_window, self.fewest_in_window or self.in_window)
-            self._at_any_step = self.backwards
-        if self.backwards <= self._at_step.get(optimizer, 0):
+            self._at_any_step = self.passes
+        if self.passes <= self._at_step.get(optimizer, 0):
             return False
-        self._at_step[optimizer] = self.backwards
+        self._at_step[optimizer] = self.passes
         self._windows[optimizer] = self._windows.get(optimizer, 0) + 1
         if self._windows[optimizer] <= self._most_windows:
             return False

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from autobatch.options import ProbeOptions
     from autobatch.trial import Trial
 
-__all__ = ["CommandTraits", "RunSoFar", "describe_end", "severity"]
+__all__ = ["CommandTraits", "RunSoFar", "describe_end", "severity", "steps_text"]
+
+# Sizes this many times apart take different memory, unless a step alone takes the most.
+_TELLING = 4
 
 
 @dataclass
@@ -27,6 +30,7 @@ class RunSoFar:
     trials: list[Trial] = field(default_factory=list)
     tenant_growth_bytes: int = 0
     windows: int = 0
+    trains_on_cpu: bool = False
     backwards: int = 0
     message: str = ""
     traceback: str = ""
@@ -44,6 +48,7 @@ class RunSoFar:
         if message.kind == "hello":
             self.hooked[message.pid] = content["program"]
             return
+        self.trains_on_cpu |= message.kind == "cpu"
         self._training.add(message.pid)
         self.windows = max(self.windows, content.get("windows", 0))
         if message.kind == "ended":
@@ -61,7 +66,8 @@ class RunSoFar:
 class CommandTraits:
     """What the runs showed of the command itself."""
 
-    reads_size: bool = False
+    reads: set[str] = field(default_factory=set)
+    """Variables of ours that the command read."""
     lacks_accumulation: bool = False
     idle: tuple[str, ...] = ()
     frozen_bytes: int = 0
@@ -69,7 +75,6 @@ class CommandTraits:
 
     def note(self, content: Mapping[str, Any], trial: Trial, *, asked: int) -> None:
         """Take in a trial's message."""
-        self.reads_size |= content["reads_size"]
         if trial.fits:
             self.lacks_accumulation |= asked > trial.micro_batches_per_step
             self.idle = tuple(content["idle_optimizers"])
@@ -88,13 +93,18 @@ class CommandTraits:
                 f"parameters of {format_bytes(self.frozen_bytes)} that the optimizer holds were frozen during the trials; if "
                 "they thaw, memory rises then: --min-windows N runs further"
             )
-        if len(self.peaks) > 1 and len(set(self.peaks.values())) == 1:
-            sizes = sorted(self.peaks)
+        sizes = sorted(self.peaks)
+        if len(set(self.peaks.values())) == 1 and sizes[-1] >= _TELLING * sizes[0]:
             found.append(
                 f"micro-batches of {sizes[0]} and {sizes[-1]} took the same memory: does the command use the size that it is "
                 "given?"
             )
         return tuple(found)
+
+
+def steps_text(steps: int) -> str:
+    """A number of optimizer steps, in words."""
+    return f"{steps} optimizer step{'' if steps == 1 else 's'}"
 
 
 def severity(trial: Trial) -> tuple[bool, int]:
@@ -116,10 +126,23 @@ def describe_end(so_far: RunSoFar, ended: Ended, said: str) -> str:
     if so_far.message:
         return so_far.message
     if ended.status != 0:
-        return f"the command {how} at micro-batch {so_far.size} after {so_far.windows} optimizer steps{words}"
-    if so_far.windows or so_far.backwards:
+        return f"the command {how} at micro-batch {so_far.size} after {steps_text(so_far.windows)}{words}"
+    return _describe_success(so_far, words)
+
+
+def _describe_success(so_far: RunSoFar, words: str) -> str:
+    """Say why a command that ended well made no trial."""
+    if so_far.windows:
+        smaller = f", or --max-micro-batch below {so_far.size}" if so_far.size > 1 else ""
         return (
-            f"the command ended after {so_far.windows} optimizer steps at micro-batch {so_far.size}, and a trial needs more: "
-            f"give it more data or steps, or --max-micro-batch below {so_far.size}"
+            f"the command ended after {steps_text(so_far.windows)} at micro-batch {so_far.size}, and a trial needs more: "
+            f"give it more data or steps{smaller}"
+        )
+    if so_far.trains_on_cpu:
+        return "the command trained on the CPU alone: move its model to the GPU that is probed"
+    if so_far.backwards:
+        return (
+            f"the command made {so_far.backwards} backward passes and no step of a torch optimizer on the GPU: a step that is "
+            "written by hand cannot be seen"
         )
     return f"the command ended without a backward pass or an optimizer step of torch{words}"

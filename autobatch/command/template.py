@@ -13,7 +13,7 @@ from autobatch.command.configfile import FileEdit, write_edited
 from autobatch.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from autobatch.options import ProbeOptions
 
@@ -85,7 +85,18 @@ class CommandTemplate:
     def uses(self, name: str) -> bool:
         """Tell whether the command has a place of this name, or is seen to name its variable."""
         texts = (*self.arguments, *(edit.value for edit in self.edits))
-        return any(f"{{{name}}}" in text or f"AUTOBATCH_{name.upper()}" in text for text in texts)
+        return any(f"{{{name}}}" in text or _variable(name) in text for text in texts)
+
+    def can_accumulate(self, variables_read: Collection[str]) -> bool:
+        """Tell whether the number of accumulation steps reaches the command, by itself or through the target.
+
+        Args:
+            variables_read: names of the variables that a process of the command read.
+        """
+        names = ("accumulation_steps", "target")
+        return any(self.uses(name) or _variable(name) in variables_read for name in names) or any(
+            self._is_named_in_a_script(_variable(name)) for name in names
+        )
 
     def check_size_is_used(self, *, variable_read: bool) -> None:
         """Refuse a command of which nothing depends on the micro-batch size.
@@ -96,7 +107,7 @@ class CommandTemplate:
         Raises:
             UsageError: nothing does.
         """
-        if variable_read or self.uses("micro_batch_size") or self._is_named_in_a_script():
+        if variable_read or self.uses("micro_batch_size") or self._is_named_in_a_script(MICRO_BATCH_VARIABLE):
             return
         unknown = self.misspelt()
         hint = f" ({{{unknown}}} is no place)" if unknown else ""
@@ -131,12 +142,12 @@ class CommandTemplate:
         words = [word for text in self.arguments for word in _BRACED.findall(text) if word not in _NAMES]
         return next((word for word in words if difflib.get_close_matches(word, _NAMES, n=1, cutoff=0.5)), "")
 
-    def _is_named_in_a_script(self) -> bool:
+    def _is_named_in_a_script(self, variable: str) -> bool:
         """Whether an argument is a file, such as a shell script, that names the variable."""
         for argument in self.arguments:
             path = Path(argument)
             try:
-                if path.is_file() and path.stat().st_size < 1 << 20 and MICRO_BATCH_VARIABLE in path.read_text("utf-8"):
+                if path.is_file() and path.stat().st_size < 1 << 20 and variable in path.read_text("utf-8"):
                     return True
             except (OSError, UnicodeDecodeError):
                 continue
@@ -163,8 +174,12 @@ class CommandTemplate:
             arguments = [_renamed(argument, path, copy) for argument in arguments]
         return RenderedCommand(
             arguments=tuple(arguments),
-            environment={f"AUTOBATCH_{name.upper()}": value for name, value in table.items()},
+            environment={_variable(name): value for name, value in table.items()},
         )
+
+
+def _variable(name: str) -> str:
+    return f"AUTOBATCH_{name.upper()}"
 
 
 def _fill(text: str, table: Mapping[str, str]) -> str:
@@ -172,11 +187,15 @@ def _fill(text: str, table: Mapping[str, str]) -> str:
 
 
 def _names(argument: str, path: Path) -> bool:
-    return any(Path(part) == path for part in (argument, argument.partition("=")[2]))
+    return any(_is_same(part, path) for part in (argument, argument.partition("=")[2]))
+
+
+def _is_same(text: str, path: Path) -> bool:
+    return bool(text) and Path(text).absolute() == path.absolute()
 
 
 def _renamed(argument: str, path: Path, copy: Path) -> str:
-    if Path(argument) == path:
+    if _is_same(argument, path):
         return str(copy)
     flag, equals, value = argument.partition("=")
-    return f"{flag}={copy}" if equals and Path(value) == path else argument
+    return f"{flag}={copy}" if equals and _is_same(value, path) else argument

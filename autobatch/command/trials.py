@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from autobatch import errors
-from autobatch.command.heard import CommandTraits, RunSoFar, describe_end, severity
+from autobatch.command.heard import CommandTraits, RunSoFar, describe_end, severity, steps_text
 from autobatch.command.launching import CommandRun, Ended, Message, TimedOut
-from autobatch.command.template import CommandValues
+from autobatch.command.template import MICRO_BATCH_VARIABLE, CommandValues
 from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, UsageError, WorkloadError
 from autobatch.facts import AnswerRemarks, DeviceFacts
@@ -39,6 +39,9 @@ _LACKS_ACCUMULATION = (
     "gradients that accumulation holds, and it cannot train by this plan; give it {accumulation_steps} among its arguments, or "
     "let it read AUTOBATCH_ACCUMULATION_STEPS"
 )
+
+
+_LONGEST_FOLDER = 70
 
 
 class CommandTrials:
@@ -91,7 +94,7 @@ class CommandTrials:
         if size is None:
             raise UsageError("there is no size to try")  # options hold at least one
         self._first = self._run((size,) * self._options.micro_batches_per_step(size), confirmation=False)
-        self._template.check_size_is_used(variable_read=self._traits.reads_size)
+        self._template.check_size_is_used(variable_read=MICRO_BATCH_VARIABLE in self._traits.reads)
         return self
 
     def __exit__(
@@ -122,10 +125,13 @@ class CommandTrials:
     def remarks(self) -> AnswerRemarks:
         """What is to be said of the answer."""
         warnings = self._traits.warnings(self._options)
-        unaccumulated = _LACKS_ACCUMULATION if self._traits.lacks_accumulation else ""
-        if self._inspection is None:
+        can_accumulate = not self._traits.lacks_accumulation and self._template.can_accumulate(self._traits.reads)
+        unaccumulated = "" if can_accumulate else _LACKS_ACCUMULATION
+        if self._machine is None:
             return AnswerRemarks(warnings=warnings, unaccumulated=unaccumulated)
-        emulated = describe_emulation(self._inspection, self._machine.unsupported_calls() if self._machine else ())
+        # Where no trial fitted, none was looked at closer.
+        inspection = self._inspection or Inspection(data_dependent=(), has_convolutions=False)
+        emulated = describe_emulation(inspection, self._machine.unsupported_calls())
         return AnswerRemarks(
             data_dependent=emulated.data_dependent,
             not_modelled=emulated.not_modelled,
@@ -161,9 +167,7 @@ class CommandTrials:
             "smaller_ran": self._smallest_run is not None and self._smallest_run < size,
         }
         with contextlib.ExitStack() as stack:
-            folder = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="autobatch-", ignore_cleanup_errors=True))
-            )
+            folder = Path(stack.enter_context(_temporary_folder()))
             rendered = self._template.render(values, folder)
             run = stack.enter_context(
                 CommandRun(
@@ -187,8 +191,9 @@ class CommandTrials:
             if isinstance(event, Ended):
                 return self._explain_end(run, so_far, event)
             so_far.hear(event)
-            if event.kind == "hello" and event.content["ranks"] is not None:
+            if event.kind == "hello" and str(event.content["ranks"]).isdecimal():
                 self._check_ranks(int(event.content["ranks"]))
+            self._traits.reads.update(event.content.get("reads", ()))
             if event.kind == "failed":
                 raise _rebuilt(event.content["error"])
             if event.kind == "trial":
@@ -229,9 +234,10 @@ class CommandTrials:
         where = f" in {place}" if place else ""
         limit = f"{self._options.trial_timeout:g} s"
         if so_far.windows:
-            text = f"made {so_far.windows} optimizer steps in {limit} at micro-batch {so_far.size} and was ended{where}"
+            text = f"made {steps_text(so_far.windows)} in {limit} at micro-batch {so_far.size} and was ended{where}"
         else:
-            text = f"made no optimizer step in {limit} at micro-batch {so_far.size} and was ended{where}"
+            on_cpu = " on the GPU, only on the CPU," if so_far.trains_on_cpu else ""
+            text = f"made no optimizer step{on_cpu} in {limit} at micro-batch {so_far.size} and was ended{where}"
         return WorkloadError(
             f"the command {text}: give --trial-timeout more if it only is slow", traceback_text=run.tail()
         )
@@ -276,6 +282,12 @@ class CommandTrials:
             seconds_per_step=None,
             note=f"the last words of the command: {reason}",
         )
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for one run; not below a path that is too long for a socket's (108 characters, unix(7))."""
+    parent = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108 - one of its own is made there
+    return tempfile.TemporaryDirectory(prefix="autobatch-", dir=parent, ignore_cleanup_errors=True)
 
 
 def _rebuilt(described: Mapping[str, str]) -> AutobatchError:

@@ -21,6 +21,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
+_TRACKERS_SECONDS = 2.0
 _AWAITED = {signal.SIGTERM, signal.SIGCHLD}
 
 
@@ -68,13 +69,29 @@ def _end_all() -> None:
     """End everything below, until nothing is left: what is ended leaves children behind, which come to us."""
     own = psutil.Process()
     while True:
-        for process in own.children(recursive=True):
+        below = own.children(recursive=True)
+        trackers = [process for process in below if _is_tracker(process)]
+        for process in below:
+            if process not in trackers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        _reap(0)
+        # Python's own: at the end of those that it serves it removes the shared memory that they left, and ends.
+        psutil.wait_procs(trackers, timeout=_TRACKERS_SECONDS)
+        for process in trackers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 if __name__ == "__main__":

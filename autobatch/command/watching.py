@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing import util
 from typing import TYPE_CHECKING, Any
 
 from autobatch.command.counting import StepCounts
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from autobatch.gpu.memory import MemoryReading
     from autobatch.gpu.opening import OpenDevice
 
 __all__ = ["watch"]
@@ -82,21 +85,24 @@ class _Watcher:
     def __init__(self, setup: _Setup, send: Callable[..., None]) -> None:
         self._setup = setup
         self._tell = send
+        self._reads: set[str] = set()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Know nothing: in a new process, and in a copy that it forked."""
         self._pid = os.getpid()
-        self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self._local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._stack = contextlib.ExitStack()
         self._device: OpenDevice | None = None
         self._starting = False
         self._progress = Progress()
         self._counts = StepCounts()
-        self._reads_size = False
+        self._trains_on_cpu = False
+        self._highest: MemoryReading | None = None
         self._trial: dict[str, Any] | None = None
         self._operators: OperatorWatch | None = None
         self._window_began = time.perf_counter()
         self._step_began = 0.0
         self._compiled = 0
-        self._idle_bytes = 0
 
     # ---- what is hooked ---------------------------------------------------------------------------------------------
 
@@ -126,19 +132,36 @@ class _Watcher:
                 self._after_backward()
 
         torch.autograd.backward = counted_backward
+        grad = torch.autograd.grad
+
+        def counted_grad(*args: Any, **kwargs: Any) -> Any:
+            self._counts.note_grad()
+            return grad(*args, **kwargs)
+
+        torch.autograd.grad = counted_grad
         optimizer.register_optimizer_step_pre_hook(self._before_step)
         optimizer.register_optimizer_step_post_hook(self._after_step)
-        self._watch_variable()
+        self._watch_variables()
         atexit.register(self._at_exit)
+        # A forked copy trains by itself where this process has not started CUDA, and ends without `atexit`.
+        os.register_at_fork(after_in_child=self._after_fork)
+        util.register_after_fork(self, _Watcher._register_end)
 
-    def _watch_variable(self) -> None:
-        """Note whether the script reads its size from the environment."""
-        watcher = self
+    def _after_fork(self) -> None:
+        if self._device is None and not self._starting:
+            self._start_anew()
+
+    def _register_end(self) -> None:
+        util.Finalize(None, self._at_exit, exitpriority=-1)
+
+    def _watch_variables(self) -> None:
+        """Note which of the values the script reads from the environment."""
+        reads = self._reads
 
         class Watched(type(os.environ)):  # type: ignore[misc]
             def __getitem__(self, key: str) -> str:
-                if key == "AUTOBATCH_MICRO_BATCH_SIZE":
-                    watcher._reads_size = True
+                if key.startswith("AUTOBATCH_"):
+                    reads.add(key)
                 return super().__getitem__(key)  # type: ignore[no-any-return]
 
         os.environ.__class__ = Watched
@@ -154,17 +177,37 @@ class _Watcher:
 
         self._starting = True
         options = self._setup.options
-        rank = os.environ.get("LOCAL_RANK")
-        if rank is not None and int(rank) < torch.cuda.device_count():
-            options = _replaced(options, device=f"cuda:{rank}")
+        rank = os.environ.get("LOCAL_RANK", "")
+        if rank.isdecimal() and int(rank) < torch.cuda.device_count():
+            options = dataclasses.replace(options, device=f"cuda:{rank}")
         try:
             self._device = self._stack.enter_context(open_device(options))
             self._device.memory.begin()
+            self._keep_peaks()
             observe = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)  # noqa: SLF001 - has no public name
             if observe is not None:
                 observe(self._out_of_memory)
         except Exception as error:  # noqa: BLE001 - whatever hinders the measurement is told to the probe
             self._fail(error)
+
+    def _keep_peaks(self) -> None:
+        """Read the peaks before the script resets them, as one that logs its memory does at each step."""
+        import torch
+
+        reset = torch._C._cuda_resetPeakMemoryStats  # noqa: SLF001 - what every way to reset them ends in
+
+        def kept(device: int) -> None:
+            if self._device is not None:
+                self._highest = _higher(self._highest, self._device.memory.read())
+            reset(device)
+
+        torch._C._cuda_resetPeakMemoryStats = kept  # noqa: SLF001
+
+    def _reading(self) -> MemoryReading:
+        device = self._device
+        if device is None:
+            raise RuntimeError("no device was opened")
+        return _higher(self._highest, device.memory.read())
 
     def _out_of_memory(self, _device: int, requested: int, *_: int) -> None:
         """Called by the allocator before it raises: the script's handlers never run."""
@@ -208,30 +251,36 @@ class _Watcher:
         if self._trial is not None:
             self._end_inspection()
             return
-        self._check_device(optimizer)
+        if not self._trains_on_device(optimizer):
+            return
         if self._counts.step(optimizer):
             self._end_window()
         if self._progress.steps >= self._setup.windows and not self._waits_for_others():
             self._report(None)
 
-    def _check_device(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a script that trains elsewhere than on the device that is measured: its trials would all fit."""
-        found = {str(value.device) for group in optimizer.param_groups for value in group["params"]}
+    def _trains_on_device(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the step is one of training on the device that is measured; a small model on the CPU is passed over.
+
+        A script that trains on another GPU is refused: its trials would all fit.
+        """
+        found = {str(value.device) for value in _values(optimizer)}
         expected = None if self._device is None else self._device.memory.device_name
-        if expected in found and not any(name.startswith("cuda") for name in found - {expected}):
-            return
-        others = ", ".join(sorted(found - {expected or ""})) or "no device"
-        measured = expected or self._setup.options.device
-        self._fail(
-            WorkloadError(
-                f"the command's optimizer has parameters on {others}, and the probe measures {measured}: move the whole model "
-                "there, or give --device the one that it trains on"
+        others = {name for name in found - {expected} if name.startswith("cuda")}
+        if others:
+            self._fail(
+                WorkloadError(
+                    f"the command's optimizer has parameters on {', '.join(sorted(others))}, and the probe measures {expected}: "
+                    "give --device the one that it trains on; ranks need LOCAL_RANK, which torchrun sets"
+                )
             )
-        )
+        if expected not in found and not self._trains_on_cpu:
+            self._trains_on_cpu = True
+            self._tell(kind="cpu")
+        return expected in found
 
     def _end_window(self) -> None:
         device = self._device
-        if device is None:  # _check_device has refused it
+        if device is None:  # _trains_on_device has passed it over
             return
         self._wait()
         now = time.perf_counter()
@@ -275,7 +324,7 @@ class _Watcher:
         device = self._device
         if device is None:
             return
-        reading = device.memory.read()
+        reading = self._reading()
         trial = judge(
             self._seen_window(),
             self._progress,
@@ -289,10 +338,10 @@ class _Watcher:
             "trial": to_json_form(trial),
             "tenant_growth_bytes": reading.tenant_growth_bytes,
             "facts": to_json_form(device.facts),
-            "ranks": self._ranks,
-            "local_ranks": self._local_ranks,
+            "ranks": _ranks(),
+            "local_ranks": _local_ranks(),
             "micro_batches_seen": self._counts.fewest_in_window,
-            "reads_size": self._reads_size,
+            "reads": sorted(self._reads),
             "idle_optimizers": self._idle_optimizers() if trial.fits else [],
             "frozen_bytes": self._frozen_bytes(),
         }
@@ -333,7 +382,7 @@ class _Watcher:
         self._leave(4)
 
     def _leave(self, status: int) -> None:
-        if self._local_ranks > 1:
+        if _local_ranks() > 1:
             # A launcher that sees one rank end tears the others down before they have reported: the probe ends them all.
             os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(status)
@@ -345,7 +394,7 @@ class _Watcher:
         if self._trial is not None:  # the trial was done, its inspection not
             self._end()
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        if error is None and not self._counts.backwards and self._device is None:
+        if error is None and not self._counts.passes and self._device is None:
             return  # a launcher, a tool
         failure, as_memory = None, None
         if error is not None:
@@ -359,10 +408,11 @@ class _Watcher:
         self._tell(
             kind="ended",
             windows=self._progress.windows,
-            backwards=self._counts.backwards,
+            backwards=self._counts.passes,
             message=failure.message if failure else "",
             traceback=failure.traceback_text[-_LONGEST_TEXT:] if failure else "",
             as_memory=as_memory,
+            reads=sorted(self._reads),
         )
 
     def _has_run_out(self) -> bool:
@@ -376,7 +426,7 @@ class _Watcher:
         trial = judge(
             self._seen_window(),
             self._progress,
-            self._device.memory.read(),
+            self._reading(),
             said,
             budget_bytes=self._device.memory.budget_bytes,
             timed=False,
@@ -392,10 +442,36 @@ class _Watcher:
             torch.cuda.synchronize()
 
 
-def _replaced(options: ProbeOptions, **changes: Any) -> ProbeOptions:
-    import dataclasses
+def _higher(before: MemoryReading | None, now: MemoryReading) -> MemoryReading:
+    """A reading with the higher peaks of two."""
+    if before is None:
+        return now
+    reserved = max(before.peak_reserved_bytes, now.peak_reserved_bytes)
+    return dataclasses.replace(
+        now,
+        peak_allocated_bytes=max(before.peak_allocated_bytes, now.peak_allocated_bytes),
+        peak_reserved_bytes=reserved,
+        footprint_bytes=now.footprint_bytes - now.peak_reserved_bytes + reserved,
+    )
 
-    return dataclasses.replace(options, **changes)
+
+def _ranks() -> int:
+    """Ranks that train together: as torch knows them, or else their launcher."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return _number_in("WORLD_SIZE", 1)
+
+
+def _local_ranks() -> int:
+    """Those of them on this machine; all where nobody says."""
+    return _number_in("LOCAL_WORLD_SIZE", _ranks())
+
+
+def _number_in(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def _values(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -56,7 +56,7 @@ def report_view(report: Report) -> RenderableType:
         parts += [Text(), _found_table(report.max_micro_batch_size, report)]
     parts += [Text(), _memory_table(report), Text(), trials_table(report.trials, report.memory.budget_bytes)]
     notes = _notes(report.warnings)
-    if report.basis == "emulated":
+    if report.basis == "emulated" and report.expected_error:
         left_out = "; ".join(report.not_modelled)
         notes.append(Text(f"emulated: {report.expected_error}. Not modelled: {left_out}.", style="yellow"))
     return Group(*parts, *([Text(), *notes] if notes else []))

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import pytest
+from command_probes import CARD, ROOT, SCRIPTS, SIZES, SMALL, environment, probe
 
 import autobatch
 from autobatch import UsageError, WorkloadError
 from autobatch.emulator.launch import open_machine
 
-if TYPE_CHECKING:
-    from autobatch.report import Report
-
 pytestmark = pytest.mark.usefixtures("libraries")
-
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "tests" / "examples" / "commands"
-CARD = "RTX-3060-12GB"
-SIZES = ("--batch-size", "{micro_batch_size}", "--accumulate", "{accumulation_steps}")
-SMALL = ("--width", "64")
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-def probe(script: str, *arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> Report:
-    command = [sys.executable, *launcher, str(SCRIPTS / script), *arguments]
-    options = {"emulate": CARD, "headroom": 0, "target": 64, "environment": environment(), **options}
-    return autobatch.probe_command(command, **options)
-
-
-def outcomes(report: Report) -> dict[int, str]:
-    return {trial.micro_batch_size: trial.outcome.value for trial in report.trials}
 
 
 def test_a_hand_written_loop(tmp_path: Path) -> None:
@@ -62,10 +39,10 @@ def test_a_hand_written_loop(tmp_path: Path) -> None:
 def test_a_script_that_takes_no_accumulation() -> None:
     """Where the plan accumulates, it is told and not certified; the whole share in one micro-batch needs none."""
     arguments = (*SIZES[:2], *SMALL)
-    whole = probe("plain_loop.py", *arguments, target=8)
+    whole = probe("plain_loop.py", *arguments, target=1)
     assert whole.certified
     assert not whole.warnings
-    accumulating = probe("plain_loop.py", *arguments, target=8, max_micro_batch=4)
+    accumulating = probe("plain_loop.py", *arguments, target=2, max_micro_batch=1)
     assert not accumulating.certified
     assert "one micro-batch for each optimizer step" in accumulating.warnings[0]
     assert {trial.micro_batches_per_step for trial in accumulating.trials} == {1}
@@ -91,7 +68,7 @@ def test_a_script_that_catches_its_own_error(tmp_path: Path) -> None:
 
 def test_two_optimizers_and_variables() -> None:
     """A GAN whose critic steps twice as often; it reads its sizes from the environment."""
-    report = probe("gan.py", target=8, max_micro_batch=4)
+    report = probe("gan.py", target=2, max_micro_batch=1)
     assert report.certified
     assert not report.warnings
     # The critic has made six windows when the generator has made three.
@@ -157,7 +134,7 @@ def test_a_users_own_sitecustomize_runs(tmp_path: Path) -> None:
     (package / "train.py").write_text((SCRIPTS / "plain_loop.py").read_text())
     command = [sys.executable, "-m", "package.train", *SIZES, *SMALL]
     report = autobatch.probe_command(
-        command, target=4, emulate=CARD, environment={**environment(), "PYTHONPATH": str(tmp_path)}
+        command, target=1, emulate=CARD, environment={**environment(), "PYTHONPATH": str(tmp_path)}
     )
     assert report.plan is not None
     assert (tmp_path / "ran").exists()

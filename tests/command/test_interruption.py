@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import psutil
 import pytest
 
+import autobatch
+
 pytestmark = pytest.mark.usefixtures("libraries")
 
 ROOT = Path(__file__).parents[2]
-TWO_RANKS = ROOT / "tests" / "examples" / "commands" / "two_ranks.py"
+SCRIPTS = ROOT / "tests" / "examples" / "commands"
+TWO_RANKS = SCRIPTS / "two_ranks.py"
 
 
 def start(mark: str, **variables: str) -> subprocess.Popen[bytes]:
@@ -55,7 +59,7 @@ def test_a_signal_at_random_moments(number: signal.Signals) -> None:
     for moment in range(4 if number == signal.SIGINT else 3):
         mark = f"{os.getpid()}-{number}-{moment}"
         probe = start(mark)
-        time.sleep(draw.uniform(0.3, 7.0))
+        time.sleep(draw.uniform(0.3, 6.0))
         probe.send_signal(number)
         assert probe.wait(20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
         assert marked(mark) == []
@@ -73,3 +77,21 @@ def test_a_killed_probe_takes_its_command_along(tmp_path: Path) -> None:
     probe.wait()
     assert wait_until_gone(mark, 10) == []
     assert list(tmp_path.glob("autobatch-*")) == []  # torchrun's own folder stays, as whenever it is killed
+
+
+def test_shared_memory_of_the_command_goes_with_it(tmp_path: Path) -> None:
+    """Python's own tracker removes what its processes left, if it is let live until they are gone."""
+    script = tmp_path / "shares.py"
+    shared = (
+        "from multiprocessing import shared_memory\n"
+        "kept = shared_memory.SharedMemory(create=True, size=4096)\n"
+        f"open({str(tmp_path / 'name')!r}, 'w').write(kept.name)\n"
+    )
+    loop = (SCRIPTS / "plain_loop.py").read_text()
+    script.write_text(loop.replace("import argparse\n", "import argparse\n" + shared, 1))
+    command = [sys.executable, str(script), "--batch-size", "{micro_batch_size}", "--width", "64"]
+    autobatch.probe_command(command, target=1, emulate="T4")
+    name = (tmp_path / "name").read_text()
+    assert name
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(name=name)

@@ -66,11 +66,41 @@ def test_a_key_is_set_in_a_copy(name: str, form: str, tmp_path: Path) -> None:
         assert "# a comment" in copy.read_text(encoding="utf-8")
 
 
+def test_a_key_of_a_part_that_stands_twice(tmp_path: Path) -> None:
+    """In YAML by an alias: it is set in the one place alone; a file may begin with a byte-order mark."""
+    path = tmp_path / "a.yaml"
+    path.write_text("\ufeffbase: &b {bs: 4, n: 1}\nother: *b\nmore:\n  <<: *b\n  n: 2\n", encoding="utf-8")
+    rendered = CommandTemplate.parse(["x", str(path)], [f"{path}:other.bs=1"]).render(VALUES, tmp_path / "copies")
+    assert read(Path(rendered.arguments[1])) == {
+        "base": {"bs": 4, "n": 1},
+        "other": {"bs": 1, "n": 1},
+        "more": {"bs": 4, "n": 2},
+    }
+
+
+def test_a_file_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named one way by --set and another by the command, it is one file."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.json").write_text('{"a": 1}')
+    rendered = CommandTemplate.parse(["x", str(tmp_path / "c.json")], ["c.json:a=2"]).render(
+        VALUES, tmp_path / "copies"
+    )
+    assert read(Path(rendered.arguments[1])) == {"a": 2}
+
+
+def test_a_value_that_the_format_lacks(tmp_path: Path) -> None:
+    """TOML has no null."""
+    path = tmp_path / "c.toml"
+    path.write_text("a = 1\n")
+    with pytest.raises(UsageError, match=r"c\.toml cannot hold null at a"):
+        CommandTemplate.parse(["x", str(path)], [f"{path}:a=null"]).render(VALUES, tmp_path / "copies")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ("c.yaml:train.bach=1", r"no key train\.bach: train has batch, name"),
-        ("c.yaml:list.7.a=1", r"no key list\.7\.a: list has a \w+"),
+        ("c.yaml:train.bach=1", r"no key train\.bach .*: train has batch, name"),
+        ("c.yaml:list.7.a=1", r"no key list\.7\.a .*: list has a \w+"),
         ("c.yaml:train.batch.deep=1", r"train\.batch has a \w+"),
         ("d.yaml:a=1", r"cannot read d\.yaml"),
         ("broken.json:a=1", r"cannot read broken\.json"),

@@ -23,7 +23,8 @@ _SETUP = json.loads(os.environ.get("AUTOBATCH_HOOK", "{}"))
 
 def _send(**message: object) -> None:
     """Tell the probe something; where it is gone, this process has nothing more to do."""
-    message.update(pid=os.getpid(), rank=int(os.environ.get("RANK", "0")))
+    rank = os.environ.get("RANK", "")
+    message.update(pid=os.getpid(), rank=int(rank) if rank.isdecimal() else 0)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         try:
             channel.sendto(json.dumps(message).encode(), _SETUP["channel"])
