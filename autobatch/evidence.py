@@ -172,7 +172,8 @@ class Evidence:
             return True
         # What fitted tells a sample's bytes in full; what ran out of memory, only those that it came to.
         largest = self.accumulating.largest_fitting
-        telling = [trial for trial in tried if trial.fits and trial.window[1:] and trial.micro_batch_size == largest]
+        # A plan's confirmation that mixes sizes tells less: its peak may be a smaller micro-batch's.
+        telling = [trial for trial in tried if trial.fits and trial.window[1:] and set(trial.window) == {largest}]
         telling = telling or [trial for trial in tried if not trial.fits and trial.micro_batch_size == failing]
         padding = MOST_PADDING if largest is None else 1
         return any(

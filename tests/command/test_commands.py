@@ -77,13 +77,14 @@ def test_two_optimizers_and_variables() -> None:
 
 def test_two_ranks_under_torchrun() -> None:
     """A trial ends when each rank has reported, from a card of its own; the launcher and its workers are gone."""
+    before = set(psutil.Process().children(recursive=True))
     report = probe(
         "two_ranks.py", *SIZES, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"), world_size=2
     )
     assert report.plan is not None
     assert report.plan.micro_batch_size == 32
     assert report.certified
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_the_ranks_are_as_many_as_asked_for() -> None:
@@ -212,6 +213,7 @@ def counted_run(script: str, arguments: tuple[str, ...], size: int, steps: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # loaders that put together batches of hundreds of MiB on the host
 @pytest.mark.parametrize(
     ("script", "arguments", "options"),
     [
