@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from autobatch import errors
 from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, WorkloadError
 from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.jsonform import from_json_form, to_json_form
-from autobatch.lastwords import last_line, last_place, read_tail, was_importing
+from autobatch.lastwords import last_line, last_place, read_tail, rebuilt_error, was_importing
 from autobatch.trial import Trial
 from autobatch.workload.inspection import Inspection
 
@@ -203,14 +202,9 @@ class IsolatedTrials:
         return line
 
     def _rebuild(self, described: Mapping[str, str]) -> AutobatchError:
-        kind = getattr(errors, described["kind"], WorkloadError)
-        message = described["message"]
         calls = self._machine.unsupported_calls() if self._machine else ()
-        if issubclass(kind, WorkloadError):
-            if calls:
-                message += f" (the emulated GPU does not implement {', '.join(calls)})"
-            return WorkloadError(message, traceback_text=described["traceback"])
-        return kind(message) if issubclass(kind, AutobatchError) else WorkloadError(message)
+        note = f" (the emulated GPU does not implement {', '.join(calls)})" if calls else ""
+        return rebuilt_error(described, note=note)
 
     # ---- what went wrong ------------------------------------------------------------------------------------------
 

@@ -1,12 +1,19 @@
-"""What a process that died left in its log: where it stood, and what it said last."""
+"""What another process left: the error that it told of and, where it died, its log: where it stood, what it said last."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["last_line", "last_place", "read_tail", "was_importing"]
+from autobatch import errors
+from autobatch.errors import AutobatchError, WorkloadError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["last_line", "last_place", "read_tail", "rebuilt_error", "was_importing"]
 
 _MOST_BYTES = 1 << 18
 _OWN_FOLDER = str(Path(__file__).parent)
@@ -15,6 +22,19 @@ _INSTALLED = re.compile(r".*/(?:site|dist)-packages/(?P<package>[^/.]+)")
 # faulthandler's dump: the error, the stacks of the threads, the modules in C.
 _DUMP_STARTS = ("Fatal Python error: ",)
 _LONGEST_LINE = 200
+
+
+def rebuilt_error(described: Mapping[str, str], *, note: str = "") -> AutobatchError:
+    """The error that another process told of.
+
+    Args:
+        described: its class by name as `kind`, its `message` and its `traceback`; an unknown class is a `WorkloadError`.
+        note: what to add to the message of a `WorkloadError`.
+    """
+    kind = getattr(errors, described["kind"], WorkloadError)
+    if issubclass(kind, AutobatchError) and not issubclass(kind, WorkloadError):
+        return kind(described["message"])
+    return WorkloadError(described["message"] + note, traceback_text=described["traceback"])
 
 
 def read_tail(descriptor: int, lines: int) -> str:

@@ -97,7 +97,6 @@ def run(parsed: argparse.Namespace) -> int:
     parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
     asked = options_from(parsed, settings.options)
     # Before the first trial, and before torch is imported: whether the target can be hit at all.
-    asked.make_plan(asked.ceiling)
     subject.check(asked)
     subject.check_outlets(parsed, form)
     check_form(asked, form)

@@ -50,7 +50,6 @@ def run(parsed: argparse.Namespace) -> int:
     parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
     subject = Subject.read(parsed, None)
     asked = options_from(parsed, settings.options)
-    asked.make_plan(asked.ceiling)
     if parsed.sizes is not None:
         raise UsageError(f"--sizes {parsed.sizes} gives a plan for each length, and run trains by one: probe with it")
     subject.check(asked)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from autobatch import errors
 from autobatch.command.heard import CommandTraits, RunSoFar, describe_end, severity, steps_text
 from autobatch.command.launching import CommandRun, Ended, Message, TimedOut
 from autobatch.command.template import MICRO_BATCH_VARIABLE, CommandValues
@@ -17,6 +16,7 @@ from autobatch.errors import AutobatchError, BusyError, UsageError, WorkloadErro
 from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.gpu.oom import FailureKind, classify
 from autobatch.jsonform import from_json_form, to_json_form
+from autobatch.lastwords import rebuilt_error
 from autobatch.search import SearchSpace, next_size
 from autobatch.throughput import windows_per_trial
 from autobatch.trial import Outcome, Trial
@@ -195,7 +195,7 @@ class CommandTrials:
                 self._check_ranks(int(event.content["ranks"]))
             self._traits.reads.update(event.content.get("reads", ()))
             if event.kind == "failed":
-                raise _rebuilt(event.content["error"])
+                raise rebuilt_error(event.content["error"])
             if event.kind == "trial":
                 trial = self._take(event, so_far)
                 # One rank out of memory is all of them: the others wait for it, for ever.
@@ -288,12 +288,3 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder for one run; not below a path that is too long for a socket's (108 characters, unix(7))."""
     parent = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108 - one of its own is made there
     return tempfile.TemporaryDirectory(prefix="autobatch-", dir=parent, ignore_cleanup_errors=True)
-
-
-def _rebuilt(described: Mapping[str, str]) -> AutobatchError:
-    kind = getattr(errors, described["kind"], WorkloadError)
-    if issubclass(kind, WorkloadError):
-        return WorkloadError(described["message"], traceback_text=described["traceback"])
-    if issubclass(kind, AutobatchError):
-        return kind(described["message"])
-    return WorkloadError(described["message"])

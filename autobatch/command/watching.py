@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from autobatch.gpu.memory import MemoryReading
     from autobatch.gpu.opening import OpenDevice
+    from autobatch.trial import Trial
 
 __all__ = ["watch"]
 
@@ -240,8 +241,7 @@ class _Watcher:
         self._step_began = time.perf_counter()
 
     def _size_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [value for group in optimizer.param_groups for value in group["params"]]
-        gradients = [value.grad for value in parameters if value.grad is not None]
+        gradients = [value.grad for value in _values(optimizer) if value.grad is not None]
         held = sum(value.numel() * value.element_size() for value in gradients)
         self._progress.gradient_bytes = max(self._progress.gradient_bytes, held)
 
@@ -325,22 +325,13 @@ class _Watcher:
         if device is None:
             return
         reading = self._reading()
-        trial = judge(
-            self._seen_window(),
-            self._progress,
-            reading,
-            failure,
-            budget_bytes=device.memory.budget_bytes,
-            timed=device.facts.basis != "emulated",
-            confirmation=self._setup.confirmation,
-        )
+        trial = self._judged(device, reading, failure)
         self._trial = {
             "trial": to_json_form(trial),
             "tenant_growth_bytes": reading.tenant_growth_bytes,
             "facts": to_json_form(device.facts),
             "ranks": _ranks(),
             "local_ranks": _local_ranks(),
-            "micro_batches_seen": self._counts.fewest_in_window,
             "reads": sorted(self._reads),
             "idle_optimizers": self._idle_optimizers() if trial.fits else [],
             "frozen_bytes": self._frozen_bytes(),
@@ -350,6 +341,17 @@ class _Watcher:
             self._operators.start()
         else:
             self._end()
+
+    def _judged(self, device: OpenDevice, reading: MemoryReading, failure: Failure | None) -> Trial:
+        return judge(
+            self._seen_window(),
+            self._progress,
+            reading,
+            failure,
+            budget_bytes=device.memory.budget_bytes,
+            timed=device.facts.basis != "emulated",
+            confirmation=self._setup.confirmation,
+        )
 
     def _seen_window(self) -> tuple[int, ...]:
         """The window that really ran: a script that takes no number of accumulation steps makes one micro-batch a step."""
@@ -423,15 +425,7 @@ class _Watcher:
         if self._device is None:
             return None
         said = Failure(message="", traceback_text="", reason="the last words of the command", is_memory=True)
-        trial = judge(
-            self._seen_window(),
-            self._progress,
-            self._reading(),
-            said,
-            budget_bytes=self._device.memory.budget_bytes,
-            timed=False,
-            confirmation=self._setup.confirmation,
-        )
+        trial = self._judged(self._device, self._reading(), said)
         return {"trial": to_json_form(trial), "facts": to_json_form(self._device.facts)}
 
     def _wait(self) -> None:
