@@ -16,6 +16,7 @@ from autobatch.report import Device, Memory, Versions, fingerprint, utc_timestam
 from autobatch_server.app import create_app
 from autobatch_server.database import Database, open_database
 from autobatch_server.services import Services, open_services
+from autobatch_server.serving import IDLE_SECONDS
 from autobatch_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -212,7 +213,13 @@ def running_service(
         app = create_app(services, executor=executor)
         server = uvicorn.Server(
             uvicorn.Config(
-                app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2
+                app,
+                host="127.0.0.1",
+                port=0,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=IDLE_SECONDS,
             )
         )
         thread = threading.Thread(target=server.run)

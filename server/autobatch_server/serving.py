@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from autobatch_server.services import Services
     from autobatch_server.settings import Settings
 
-__all__ = ["serve"]
+__all__ = ["IDLE_SECONDS", "serve"]
+
+IDLE_SECONDS = 75
+"""After how long an idle connection is closed. Clients and proxies drop theirs sooner (5 s in httpx, 60 s in common load
+balancers): where both ends wait equally long, a request now and then meets a connection that is just being closed."""
 
 _LOG = logging.getLogger(__name__)
 _LAST_REQUESTS_SECONDS = 10
@@ -78,6 +82,7 @@ def _serve_http(services: Services, executor: Executor | None) -> int:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_LAST_REQUESTS_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
             proxy_headers=False,
         )
         server = _Server(configuration, app)

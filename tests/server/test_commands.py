@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,3 +218,24 @@ def test_without_its_packages_the_service_says_how_to_get_them(tmp_path: Path) -
         name = part.partition("\n")[0]
         assert f"the service needs {name}, which is not installed: pip install 'autobatch[server]'" in part
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_a_connection_may_idle_for_longer_than_clients_keep_it(tmp_path: Path) -> None:
+    """Clients such as httpx drop an idle connection after 5 s: a server that did too would now and then close one in use."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "server")))}
+    words = ["serve", "--port", "0", "--database-url", f"sqlite:///{tmp_path / 's.sqlite3'}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "autobatch", *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            address = next(found for line in server.stderr if (found := re.search(r"http://([\d.]+):(\d+)", line)))
+            connection = http.client.HTTPConnection(address[1], int(address[2]), timeout=30)
+            for wait in (0, 6):
+                time.sleep(wait)
+                connection.request("GET", "/healthz")
+                assert connection.getresponse().read()
+            connection.close()
+        finally:
+            server.terminate()
