@@ -14,7 +14,7 @@ import uvicorn
 from autobatch import Outcome, ProbeOptions, Report, Trial, find_card, to_json_form
 from autobatch.report import Device, Memory, Versions, fingerprint, utc_timestamp
 from autobatch_server.app import create_app
-from autobatch_server.database import Database, open_database
+from autobatch_server.database import open_database
 from autobatch_server.services import Services, open_services
 from autobatch_server.serving import IDLE_SECONDS
 from autobatch_server.settings import Settings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from autobatch.store import Database
     from autobatch_server.execution import Executor, ProbeTask
 
 GIB = 1024**3

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from autobatch import Bound, Verdict
-    from autobatch_server.measurements import Measurement, OomReport
+    from autobatch.store import Measurement, OomReport
 
 __all__ = ["Answer", "KnownSeries", "SeriesSource", "answer_question"]
 

@@ -149,7 +149,8 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _tokens(parsed: argparse.Namespace) -> Iterator[TokenStore]:
-    from autobatch_server.database import StoreUnavailableError, open_database
+    from autobatch.store import StoreUnavailableError
+    from autobatch_server.database import open_database
     from autobatch_server.tokens import TokenStore
 
     try:
@@ -201,7 +202,7 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _line(record: TokenRecord) -> str:
-    from autobatch_server.measurements import iso_time
+    from autobatch.store import iso_time
 
     state = f"revoked {iso_time(record.revoked_at)}" if record.revoked_at else "holds"
     if not record.revoked_at and record.expires_at:

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException as FrameworkHTTPException
 
-from autobatch_server.database import StoreUnavailableError
+from autobatch.store import StoreUnavailableError
 from autobatch_server.gpus import GpuProblem
 from autobatch_server.pages import outcome_words, plan_words, window_words
 from autobatch_server.problems import ProblemError

@@ -11,13 +11,12 @@ from urllib.parse import quote
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from autobatch_server.database import StoreUnavailableError
-from autobatch_server.tables import generation
+from autobatch.store import StoreUnavailableError, generation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from autobatch_server.database import Database
+    from autobatch.store import Database
 
 __all__ = ["Freshness"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from autobatch_server.measurements import MeasurementStore
+    from autobatch.store import MeasurementStore
     from autobatch_server.queue import ProbeQueue
 
 __all__ = ["Metrics"]

@@ -14,7 +14,7 @@ from autobatch_server.queue import ENDED, EventRecord, ProbeRecord
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-    from autobatch_server.measurements import Measurement
+    from autobatch.store import Measurement
     from autobatch_server.services import Services
 
 __all__ = [

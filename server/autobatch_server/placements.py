@@ -16,7 +16,7 @@ from autobatch_server.schemas import Candidate, Placement, PlacementList, Placem
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from autobatch_server.measurements import MeasurementStore
+    from autobatch.store import MeasurementStore
 
 __all__ = ["rank_candidates"]
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from autobatch.store import StoreUnavailableError
 from autobatch_server.bodies import is_json
-from autobatch_server.database import StoreUnavailableError
 from autobatch_server.gpus import GpuProblem
 from autobatch_server.queue import QueueFullError, ReusedKeyError
 from autobatch_server.workloads import WorkloadProblem

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from autobatch_server.database import new_id
-from autobatch_server.tables import event, generation, idempotency, probe
+from autobatch.store import generation, new_id
+from autobatch_server.tables import event, idempotency, probe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autobatch_server.database import Database
-    from autobatch_server.measurements import NewMeasurement
+    from autobatch.store import Database, NewMeasurement
 
 __all__ = [
     "ENDED",

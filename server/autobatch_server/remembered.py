@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.responses import Response
 
-from autobatch_server.database import StoreUnavailableError
+from autobatch.store import StoreUnavailableError
 from autobatch_server.problems import ProblemError
 
 if TYPE_CHECKING:

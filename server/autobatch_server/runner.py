@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from sqlalchemy import delete, insert, select
 
 from autobatch import AutobatchError, ProbeOptions, Report, find_presence, to_json_form
-from autobatch_server.database import StoreUnavailableError
+from autobatch.store import NewMeasurement, StoreUnavailableError
 from autobatch_server.execution import ProbeTask, end_orphans
 from autobatch_server.gpus import canonical_gpu
-from autobatch_server.measurements import NewMeasurement
 from autobatch_server.queue import Claim, Slot
 from autobatch_server.tables import runner
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from autobatch import Presence, PresentCard
-    from autobatch_server.database import Database
+    from autobatch.store import Database
     from autobatch_server.execution import Executor
     from autobatch_server.queue import ProbeQueue
     from autobatch_server.settings import Settings

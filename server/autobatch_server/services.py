@@ -7,10 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autobatch.store import MeasurementStore
 from autobatch_server.access import Authenticator
 from autobatch_server.execution import ChildExecutor
 from autobatch_server.freshness import Freshness
-from autobatch_server.measurements import MeasurementStore
 from autobatch_server.metrics import Metrics
 from autobatch_server.problems import ProblemError
 from autobatch_server.queue import Limits, ProbeQueue
@@ -21,9 +21,9 @@ from autobatch_server.workloads import WorkloadCatalogue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch.store import Database
     from autobatch_server.access import Principal
     from autobatch_server.answers import KnownSeries
-    from autobatch_server.database import Database
     from autobatch_server.execution import Executor
     from autobatch_server.settings import Settings
 

@@ -1,4 +1,4 @@
-"""The tables. Times are seconds since 1970 in UTC by the database's own clock; texts named `…_json` hold JSON."""
+"""The service's own tables. Times are seconds since 1970 in UTC by the database's clock; texts named `…_json` hold JSON."""
 
 from __future__ import annotations
 
@@ -17,27 +17,20 @@ from sqlalchemy import (
     text,
 )
 
+from autobatch.store import NAMING, STORE_SCHEMA, Schema
+
 __all__ = [
+    "SCHEMAS",
     "event",
-    "generation",
     "idempotency",
-    "measurement",
     "metadata",
-    "oom_report",
     "probe",
     "runner",
     "session",
     "token",
 ]
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(column_0_label)s",
-        "uq": "uq_%(table_name)s_%(column_0_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+metadata = MetaData(naming_convention=NAMING)
 _Time: Double[float] = Double()
 
 probe = Table(
@@ -84,37 +77,6 @@ event = Table(
     PrimaryKeyConstraint("probe_id", "number"),
 )
 
-measurement = Table(
-    "measurement",
-    metadata,
-    Column("id", String(40), primary_key=True),
-    Column("created_at", _Time, nullable=False),
-    Column("workload", Text, nullable=False),
-    Column("gpu", String(128), nullable=False),
-    Column("basis", String(16), nullable=False),
-    Column("fingerprint", String(64), nullable=False),
-    Column("source", String(16), nullable=False),
-    Column("probe_id", String(40)),
-    Column("token_id", String(40)),
-    Column("report_json", Text, nullable=False),
-    Index("ix_measurement_workload_gpu", "workload", "gpu"),
-)
-
-oom_report = Table(
-    "oom_report",
-    metadata,
-    Column("id", String(40), primary_key=True),
-    Column("created_at", _Time, nullable=False),
-    Column("workload", Text, nullable=False),
-    Column("gpu", String(128), nullable=False),
-    Column("micro_batch_size", Integer, nullable=False),
-    Column("micro_batches_per_step", Integer, nullable=False),
-    Column("after_plan", Boolean, nullable=False),
-    Column("measurement_id", String(40)),
-    Column("token_id", String(40)),
-    Index("ix_oom_report_workload_gpu", "workload", "gpu"),
-)
-
 idempotency = Table(
     "idempotency",
     metadata,
@@ -157,10 +119,13 @@ runner = Table(
     Column("seen_at", _Time, nullable=False),
 )
 
-# One row, raised whenever an answer may have changed: what is held in memory is good for one number.
-generation = Table(
-    "generation",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("number", Integer, nullable=False),
+SCHEMAS = (
+    STORE_SCHEMA,
+    Schema(
+        metadata=metadata,
+        versions="autobatch_server:migrations/versions",
+        version_table="alembic_version",
+        head="0001",
+    ),
 )
+"""All tables of the service's database: those of measurements, and its own."""

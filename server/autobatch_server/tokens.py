@@ -20,7 +20,7 @@ from autobatch_server.tables import session, token
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from autobatch_server.database import Database
+    from autobatch.store import Database
 
 __all__ = ["SCOPES", "Scope", "TokenRecord", "TokenStore"]
 

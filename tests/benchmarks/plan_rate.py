@@ -48,10 +48,10 @@ def serve(kind: str, port: int, folder: str) -> None:
         return
     from service_fakes import make_report, make_settings
 
+    from autobatch.store import NewMeasurement
     from autobatch_server.app import create_app
     from autobatch_server.database import open_database
     from autobatch_server.logs import configure_logging
-    from autobatch_server.measurements import NewMeasurement
     from autobatch_server.services import open_services
 
     configure_logging("INFO")  # with the line for each request that the service writes

@@ -9,9 +9,9 @@ import pytest
 from service_fakes import GIB, make_report, make_trial
 
 from autobatch import PlanError, ProbeOptions, Report, SizeFailure
+from autobatch.store import MeasurementStore, NewMeasurement
 from autobatch_server.answers import Answer, answer_question
 from autobatch_server.database import open_database
-from autobatch_server.measurements import MeasurementStore, NewMeasurement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ import schemathesis
 from schemathesis.engine import events, from_schema
 from service_fakes import FakeExecutor, make_report, make_settings, make_trial, running_service, succeeding
 
+from autobatch.store import NewMeasurement
 from autobatch_server import schemas
-from autobatch_server.measurements import NewMeasurement
 from autobatch_server.openapi import describe_interface
 
 if TYPE_CHECKING:

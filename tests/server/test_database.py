@@ -18,18 +18,22 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from service_fakes import FakeExecutor, RunningService, hanging, make_settings, running_service, succeeding
 from sqlalchemy import create_engine, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from autobatch import UsageError
-from autobatch_server.database import _migrations, new_id, open_database
-from autobatch_server.tables import generation, metadata
+from autobatch.store import generation, migrations, new_id
+from autobatch_server.database import open_database
+from autobatch_server.tables import SCHEMAS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from service_databases import PostgresServer
+
+    from autobatch.store import Schema
 
 QUESTION = {"workload": "gpt2", "target": 256, "gpu": "A100-40GB"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,12 +75,36 @@ def test_two_processes_that_start_at_once_make_the_tables_once(database_url: str
         assert connection.execute(select(generation.c.number)).all() == [(0,)]
 
 
-def test_the_tables_are_what_the_migrations_make(database_url: str) -> None:
-    """Alembic finds no difference between the migrated database and the tables in code."""
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.version_table)
+def test_the_tables_are_what_the_migrations_make(schema: Schema, database_url: str) -> None:
+    """Alembic finds no difference between the migrated database and the tables in code, and no newer migration."""
     open_database(database_url).close()
+    own = set(schema.metadata.tables)
+    opts = {
+        "compare_type": True,
+        "compare_server_default": True,
+        "include_object": lambda _object, name, kind, *_: kind != "table" or name in own,
+    }
     with plain_engine(database_url) as engine, engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, metadata) == []
+        context = MigrationContext.configure(connection, opts=opts)
+        assert compare_metadata(context, schema.metadata) == []
+        assert ScriptDirectory.from_config(migrations(connection, schema)).get_heads() == [schema.head]
+
+
+def test_a_database_of_the_service_alone_gets_the_columns_of_a_cache(database_url: str) -> None:
+    """Its measurements were made before they had migrations of their own: they stay, and are brought up to date."""
+    open_database(database_url).close()
+    with plain_engine(database_url) as engine, engine.begin() as connection:
+        command.downgrade(migrations(connection, SCHEMAS[0]), "0001")
+        connection.execute(text("DROP TABLE store_version"))
+        connection.execute(
+            text(
+                "INSERT INTO measurement (id, created_at, workload, gpu, basis, fingerprint, source, report_json) "
+                "VALUES ('mea_1', 1, 'gpt2', 'L4', 'emulated', 'f', 'probe', '{}')"
+            )
+        )
+    with open_database(database_url) as database, database.read() as connection:
+        assert connection.execute(text("SELECT id, job, series FROM measurement")).all() == [("mea_1", None, None)]
 
 
 def test_the_migrations_go_down_to_nothing_and_up_again(database_url: str) -> None:
@@ -84,8 +112,9 @@ def test_the_migrations_go_down_to_nothing_and_up_again(database_url: str) -> No
     open_database(database_url).close()
     with plain_engine(database_url) as engine:
         with engine.begin() as connection:
-            command.downgrade(_migrations(connection), "base")
-        assert inspect(engine).get_table_names() == ["alembic_version"]
+            for schema in SCHEMAS:
+                command.downgrade(migrations(connection, schema), "base")
+        assert sorted(inspect(engine).get_table_names()) == ["alembic_version", "store_version"]
     with open_database(database_url) as database, database.read() as connection:
         assert connection.execute(select(generation.c.number)).all() == [(0,)]
 

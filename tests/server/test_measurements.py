@@ -9,7 +9,7 @@ import pytest
 from service_fakes import make_report
 
 from autobatch import Report
-from autobatch_server.measurements import iso_time
+from autobatch.store import iso_time
 
 if TYPE_CHECKING:
     import httpx

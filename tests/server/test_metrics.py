@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service_fakes import FakeExecutor, make_report, make_settings, running_service, succeeding
 
 from autobatch import __version__
-from autobatch_server.measurements import NewMeasurement
+from autobatch.store import NewMeasurement
 
 if TYPE_CHECKING:
     from pathlib import Path

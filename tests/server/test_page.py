@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from service_fakes import FakeExecutor, failing, hanging, make_report, make_settings, make_trial, running_service
 
+from autobatch.store import NewMeasurement
 from autobatch_server.access import COOKIE
-from autobatch_server.measurements import NewMeasurement
 from autobatch_server.pages import budget_lines, certificate, progress_of
 from autobatch_server.queue import EventRecord
 from autobatch_server.routes.signin import AttemptLimit, safe_path

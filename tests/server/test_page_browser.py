@@ -25,7 +25,7 @@ from service_fakes import (
     succeeding,
 )
 
-from autobatch_server.measurements import NewMeasurement
+from autobatch.store import NewMeasurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

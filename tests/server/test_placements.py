@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from service_fakes import GIB, make_report, make_trial
 
-from autobatch_server.measurements import NewMeasurement
+from autobatch.store import NewMeasurement
 
 if TYPE_CHECKING:
     from service_fakes import RunningService

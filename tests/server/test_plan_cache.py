@@ -8,8 +8,8 @@ import pytest
 from service_fakes import FakeExecutor, make_report, make_settings, running_service, succeeding
 
 from autobatch import SizeFailure
+from autobatch.store import MeasurementStore, NewMeasurement
 from autobatch_server.database import open_database
-from autobatch_server.measurements import MeasurementStore, NewMeasurement
 from autobatch_server.services import AnswerCache
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import TYPE_CHECKING
@@ -45,6 +46,26 @@ def test_a_fresh_measurement_answers_without_a_run_unless_forced(service: Runnin
     assert again.json()["plan"]["effective_batch_size"] == 512
     forced = service.client.post("/v1/probes", json=QUESTION | {"force": True})
     assert forced.status_code == 202
+
+
+def test_the_last_event_is_streamed_though_the_probe_ends_while_events_are_read(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that looked for events just before the end still sends the end."""
+    queue = service.services.queue
+    probe = service.client.post("/v1/probes", json=QUESTION).json()
+    service.wait_for(probe["id"], "succeeded")
+    look, get = queue.events_after, queue.get
+    before_the_end = [look(probe["id"], 0)[:-1], []]
+    running = dataclasses.replace(get(probe["id"]), state="running")  # type: ignore[type-var]
+    # The probe ends as soon as the second look has found nothing new.
+    monkeypatch.setattr(
+        queue, "events_after", lambda one, number: before_the_end.pop(0) if before_the_end else look(one, number)
+    )
+    monkeypatch.setattr(queue, "get", lambda one: running if before_the_end else get(one))
+    with service.client.stream("GET", f"/v1/probes/{probe['id']}/events") as response:
+        kinds = [line[7:] for line in response.iter_lines() if line.startswith("event: ")]
+    assert kinds[-1] == "succeeded"
 
 
 def test_events_are_streamed_in_order_and_resumed(service: RunningService) -> None:

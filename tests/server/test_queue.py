@@ -17,8 +17,8 @@ from service_fakes import make_report
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from autobatch_server.database import Database, open_database
-from autobatch_server.measurements import MeasurementStore, NewMeasurement
+from autobatch.store import Database, MeasurementStore, NewMeasurement
+from autobatch_server.database import open_database
 from autobatch_server.queue import ENDED, Claim, Limits, Order, ProbeQueue, QueueFullError, ReusedKeyError, Slot
 from autobatch_server.tables import event, idempotency, probe
 

@@ -20,12 +20,12 @@ import httpx
 import pytest
 from service_fakes import FakeExecutor, hanging, make_report, make_settings, make_trial, running_service, succeeding
 
+from autobatch.store import MeasurementStore, NewMeasurement
 from autobatch_server import bodies, logs
 from autobatch_server.access import COOKIE
 from autobatch_server.database import open_database
 from autobatch_server.execution import ChildExecutor, ProbeTask
 from autobatch_server.guard import Guard
-from autobatch_server.measurements import MeasurementStore, NewMeasurement
 from autobatch_server.questions import LONGEST_PLAN
 from autobatch_server.queue import Claim, Order, ProbeQueue, ProbeRecord
 from autobatch_server.tokens import SCOPES, TokenStore

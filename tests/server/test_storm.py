@@ -24,10 +24,11 @@ from sqlalchemy import select
 
 from autobatch import Report
 from autobatch.emulator.launch import open_machine
+from autobatch.store import measurement
 from autobatch_server.database import open_database
 from autobatch_server.execution import end_orphans
 from autobatch_server.queue import ENDED
-from autobatch_server.tables import event, measurement, probe
+from autobatch_server.tables import event, probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -12,7 +12,7 @@ import pytest
 from service_fakes import FakeExecutor, make_settings, running_service, succeeding
 
 from autobatch_server import tokens as tokens_module
-from autobatch_server.database import Database, open_database
+from autobatch_server.database import open_database
 from autobatch_server.tokens import SCOPES, TokenRecord, TokenStore
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from service_fakes import RunningService
+
+    from autobatch.store import Database
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Migrations of the tables, run by Alembic."""
+"""Migrations of the service's own tables, run by Alembic."""

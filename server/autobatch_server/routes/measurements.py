@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 
 from autobatch import Report, SizeFailure, UsageError
+from autobatch.store import Measurement, NewMeasurement, iso_time
 from autobatch_server.gpus import canonical_gpu
-from autobatch_server.measurements import Measurement, NewMeasurement, iso_time
 from autobatch_server.problems import ProblemError, problem_responses
 from autobatch_server.routes.parts import (
     BODY_PROBLEMS,

@@ -15,9 +15,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from autobatch import PlanError, ProbeOptions
+from autobatch.store import Measurement, iso_time
 from autobatch_server.answers import answer_question
 from autobatch_server.gpus import canonical_gpu
-from autobatch_server.measurements import Measurement, iso_time
 from autobatch_server.problems import ProblemError, problem_responses
 from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.queue import ENDED, Order, ProbeRecord, State, Submission
@@ -389,6 +389,8 @@ async def stream_events(
     """Server-sent events from the first one on, or from `Last-Event-ID`; the stream ends with the probe."""
     number = int(last_event_id)
     while True:
+        # Looked at before the events: one that ends in between has its last event among the next ones.
+        now = await run_in_threadpool(services.queue.get, record.id)
         events = await run_in_threadpool(services.queue.events_after, record.id, number)
         for event in events:
             number = event.number
@@ -398,7 +400,6 @@ async def stream_events(
                 return
         if events:
             continue
-        now = await run_in_threadpool(services.queue.get, record.id)
         if now is None or now.state in ENDED or http.app.state.closing.is_set():
             return
         await asyncio.sleep(_LOOK_SECONDS)

@@ -14,13 +14,6 @@ depends_on = None
 def upgrade() -> None:
     """Go to this revision."""
     op.create_table(
-        "generation",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("number", sa.Integer(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_generation")),
-    )
-    op.execute(sa.text("INSERT INTO generation (id, number) VALUES (1, 0)"))
-    op.create_table(
         "idempotency",
         sa.Column("principal", sa.String(length=40), nullable=False),
         sa.Column("key", sa.String(length=255), nullable=False),
@@ -30,35 +23,6 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("principal", "key", name=op.f("pk_idempotency")),
     )
-    op.create_table(
-        "measurement",
-        sa.Column("id", sa.String(length=40), nullable=False),
-        sa.Column("created_at", sa.Double(), nullable=False),
-        sa.Column("workload", sa.Text(), nullable=False),
-        sa.Column("gpu", sa.String(length=128), nullable=False),
-        sa.Column("basis", sa.String(length=16), nullable=False),
-        sa.Column("fingerprint", sa.String(length=64), nullable=False),
-        sa.Column("source", sa.String(length=16), nullable=False),
-        sa.Column("probe_id", sa.String(length=40), nullable=True),
-        sa.Column("token_id", sa.String(length=40), nullable=True),
-        sa.Column("report_json", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_measurement")),
-    )
-    op.create_index("ix_measurement_workload_gpu", "measurement", ["workload", "gpu"], unique=False)
-    op.create_table(
-        "oom_report",
-        sa.Column("id", sa.String(length=40), nullable=False),
-        sa.Column("created_at", sa.Double(), nullable=False),
-        sa.Column("workload", sa.Text(), nullable=False),
-        sa.Column("gpu", sa.String(length=128), nullable=False),
-        sa.Column("micro_batch_size", sa.Integer(), nullable=False),
-        sa.Column("micro_batches_per_step", sa.Integer(), nullable=False),
-        sa.Column("after_plan", sa.Boolean(), nullable=False),
-        sa.Column("measurement_id", sa.String(length=40), nullable=True),
-        sa.Column("token_id", sa.String(length=40), nullable=True),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_oom_report")),
-    )
-    op.create_index("ix_oom_report_workload_gpu", "oom_report", ["workload", "gpu"], unique=False)
     op.create_table(
         "probe",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -144,9 +108,4 @@ def downgrade() -> None:
     )
     op.drop_index("ix_probe_state_created_at", table_name="probe")
     op.drop_table("probe")
-    op.drop_index("ix_oom_report_workload_gpu", table_name="oom_report")
-    op.drop_table("oom_report")
-    op.drop_index("ix_measurement_workload_gpu", table_name="measurement")
-    op.drop_table("measurement")
     op.drop_table("idempotency")
-    op.drop_table("generation")

@@ -9,20 +9,33 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Connection, Row, delete, func, insert, select
 
-from autobatch import Report, SizeFailure
-from autobatch_server.database import new_id
-from autobatch_server.tables import generation, measurement, oom_report
+from autobatch.evidence import SizeFailure
+from autobatch.report import Report
+from autobatch.store.database import new_id
+from autobatch.store.tables import generation, measurement, oom_report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from autobatch_server.database import Database
+    from autobatch.store.database import Database
 
-__all__ = ["Measurement", "MeasurementStore", "NewMeasurement", "OomReport"]
+__all__ = ["Measurement", "MeasurementStore", "NewMeasurement", "OomReport", "Origin", "iso_time"]
 
 Source = Literal["probe", "reported"]
 # More of one job on one card are of no use to an answer: the newest decide.
 _MOST_OF_A_SERIES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a cache finds a measurement by."""
+
+    job: str
+    """Hash of what names the job: its name, parameters, folder, whatever is known before anything is started."""
+    series: str
+    """Hash of the job with all else that its trials depend on: the card, the versions, the allocator's settings."""
+    sources: Mapping[str, str]
+    """The files that the job was made of, each with a hash of its content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,8 @@ class Measurement:
     source: Source
     probe_id: str | None
     report: Report
+    origin: Origin | None = None
+    """Where a cache keeps it; None at the service."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +76,14 @@ class NewMeasurement:
     gpu: str
     source: Source
     report: Report
+    origin: Origin | None = None
 
     @classmethod
-    def of(cls, report: Report, *, workload: str, gpu: str, source: Source) -> NewMeasurement:
+    def of(
+        cls, report: Report, *, workload: str, gpu: str, source: Source, origin: Origin | None = None
+    ) -> NewMeasurement:
         """Give a report its id."""
-        return cls(id=new_id("mea"), workload=workload, gpu=gpu, source=source, report=report)
+        return cls(id=new_id("mea"), workload=workload, gpu=gpu, source=source, report=report, origin=origin)
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -80,6 +98,7 @@ class NewMeasurement:
 
     def insert(self, connection: Connection, database: Database, *, probe_id: str | None, token_id: str | None) -> None:
         """Write it within a transaction."""
+        origin = self.origin
         connection.execute(
             insert(measurement).values(
                 id=self.id,
@@ -92,6 +111,9 @@ class NewMeasurement:
                 probe_id=probe_id,
                 token_id=token_id,
                 report_json=self.report.to_json(),
+                job=None if origin is None else origin.job,
+                series=None if origin is None else origin.series,
+                sources_json=None if origin is None else json.dumps(dict(origin.sources)),
             )
         )
         database.raise_generation(connection)
@@ -171,6 +193,22 @@ class MeasurementStore:
             ooms = connection.execute(failed).all()
         return [_measurement(row) for row in rows], [_oom(row) for row in ooms]
 
+    def of_job(self, job: str) -> tuple[Sequence[Measurement], Sequence[OomReport]]:
+        """What a cache knows of one job on any card, the newest first, and the errors that its measurements led to."""
+        found = select(measurement).where(measurement.c.job == job).order_by(measurement.c.id.desc())
+        with self._database.read() as connection:
+            rows = connection.execute(found.limit(_MOST_OF_A_SERIES)).all()
+            ids = [row.id for row in rows]
+            ooms = connection.execute(select(oom_report).where(oom_report.c.measurement_id.in_(ids))).all()
+        return [_measurement(row) for row in rows], [_oom(row) for row in ooms]
+
+    def of_fingerprint(self, fingerprint: str) -> Measurement | None:
+        """The newest measurement whose report has a fingerprint; None where there is none."""
+        found = select(measurement).where(measurement.c.fingerprint == fingerprint).order_by(measurement.c.id.desc())
+        with self._database.read() as connection:
+            row = connection.execute(found.limit(1)).one_or_none()
+        return None if row is None else _measurement(row)
+
     def delete(self, record_id: str) -> bool:
         """Forget a measurement or a reported error; False where there is none of that id."""
         with self._database.write() as connection:
@@ -179,6 +217,25 @@ class MeasurementStore:
             if gone:
                 self._database.raise_generation(connection)
         return bool(gone)
+
+    def forget(self, ids: Collection[str]) -> int:
+        """Forget measurements with the errors that they led to; the number of measurements that were there."""
+        with self._database.write() as connection:
+            gone = connection.execute(delete(measurement).where(measurement.c.id.in_(ids))).rowcount
+            connection.execute(delete(oom_report).where(oom_report.c.measurement_id.in_(ids)))
+            if gone:
+                self._database.raise_generation(connection)
+        return gone
+
+    def keep_newest(self, number: int) -> int:
+        """Forget all measurements but the newest; the number that went."""
+        newest = select(measurement.c.id).order_by(measurement.c.id.desc()).offset(number).limit(1)
+        with self._database.read() as connection:
+            first_gone = connection.execute(newest).scalar_one_or_none()
+            if first_gone is None:
+                return 0
+            old = connection.execute(select(measurement.c.id).where(measurement.c.id <= first_gone)).scalars().all()
+        return self.forget(old)
 
     def count(self) -> dict[str, int]:
         """How many measurements there are by basis, and how many reported errors, and those that broke a plan."""
@@ -214,6 +271,9 @@ def _measurement(row: Row[Any]) -> Measurement:
         source=row.source,
         probe_id=row.probe_id,
         report=Report.from_dict(json.loads(row.report_json)),
+        origin=None
+        if row.job is None
+        else Origin(job=row.job, series=row.series, sources=json.loads(row.sources_json)),
     )
 
 
