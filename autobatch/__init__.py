@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
+    from autobatch.cache.consultation import remember_out_of_memory
     from autobatch.child_probe import probe_command, probe_lengths, probe_workload
     from autobatch.errors import (
         AutobatchError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan, make_plan
     from autobatch.present.plot import check_plot_path, draw_report, report_svg
-    from autobatch.probing import ProbeEvent, TrialEnded, TrialStarted
+    from autobatch.probing import Noted, ProbeEvent, TrialEnded, TrialStarted
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot, state_hash
     from autobatch.training.accumulator import Accumulator, MemoryEvent, WindowResult
@@ -62,6 +63,7 @@ __all__ = [
     "LengthTable",
     "MemoryEvent",
     "NoGpuError",
+    "Noted",
     "NothingFitsError",
     "Outcome",
     "Plan",
@@ -99,6 +101,7 @@ __all__ = [
     "probe_command",
     "probe_lengths",
     "probe_workload",
+    "remember_out_of_memory",
     "report_svg",
     "state_hash",
     "to_json_form",
@@ -106,6 +109,7 @@ __all__ = [
 
 # Where each public name lives: imported when it is first asked for, so that `autobatch --help` stays fast.
 _HOMES = {
+    "cache.consultation": ("remember_out_of_memory",),
     "training.accumulator": (
         "Accumulator",
         "MemoryEvent",
@@ -172,7 +176,7 @@ _HOMES = {
     "library": ("probe",),
     "options": ("ProbeOptions",),
     "plan": ("Plan", "make_plan"),
-    "probing": ("ProbeEvent", "TrialEnded", "TrialStarted"),
+    "probing": ("Noted", "ProbeEvent", "TrialEnded", "TrialStarted"),
     "report": ("Report",),
     "snapshot": ("Snapshot", "state_hash"),
     "trial": ("Outcome", "Trial"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autobatch.errors import UsageError
 from autobatch.options import ProbeOptions
+from autobatch.probing import TrialSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from autobatch.cache.consultation import Consultation
+    from autobatch.cache.remembered import CacheUse
     from autobatch.command.template import CommandTemplate
     from autobatch.emulator.machine import EmulatedMachine
     from autobatch.lengths import LengthTable
@@ -32,6 +35,7 @@ def probe_workload(
     progress: Callable[[ProbeEvent], None] | None = None,
     environment: Mapping[str, str] | None = None,
     show_output: bool = False,
+    cache: CacheUse = "off",
     **options: Any,
 ) -> Report:
     """Find the largest micro-batch of a training job that trains, and plan for the target.
@@ -45,6 +49,8 @@ def probe_workload(
         progress: called with each event as it comes.
         environment: the child's environment variables; this process's own where None.
         show_output: whether what the job prints goes to standard error.
+        cache: `"confirm"` answers from what earlier probes of this user measured, once a single trial has come out as it did
+            then; `"trust"` without any trial, where nothing is seen to have changed; `"off"` neither reads nor keeps anything.
         options: further fields of `ProbeOptions`, by name.
 
     Returns:
@@ -63,7 +69,8 @@ def probe_workload(
         (16, 'emulated')
     """
     job = _Workload(name=workload, show_output=show_output)
-    return job.probe(job.options(target=target, **options), environment, progress)
+    asked = _Asked.of(environment, progress, cache)
+    return job.probe(job.options(target=target, **options), asked)
 
 
 def probe_command(
@@ -74,6 +81,7 @@ def probe_command(
     progress: Callable[[ProbeEvent], None] | None = None,
     environment: Mapping[str, str] | None = None,
     show_output: bool = False,
+    cache: CacheUse = "off",
     **options: Any,
 ) -> Report:
     """Find the largest micro-batch with which a training command trains, and plan for the target.
@@ -89,6 +97,7 @@ def probe_command(
         progress: called with each event as it comes.
         environment: the command's environment variables; this process's own where None.
         show_output: whether what the command prints goes to standard error.
+        cache: what the cache is for, as for `probe_workload`.
         options: further fields of `ProbeOptions`, by name; `split="balanced"` is refused, since a command takes one size.
 
     Returns:
@@ -107,10 +116,11 @@ def probe_command(
         32
     """
     job = _Command.parse(command, edits, show_output=show_output)
-    return job.probe(job.options(target=target, **options), environment, progress)
+    asked = _Asked.of(environment, progress, cache)
+    return job.probe(job.options(target=target, **options), asked)
 
 
-def probe_lengths(
+def probe_lengths(  # noqa: PLR0913 - what each caller may choose
     job: str | Sequence[str],
     lengths: Sequence[int],
     *,
@@ -120,6 +130,7 @@ def probe_lengths(
     length_started: Callable[[int], None] | None = None,
     environment: Mapping[str, str] | None = None,
     show_output: bool = False,
+    cache: CacheUse = "off",
     **options: Any,
 ) -> LengthTable:
     """Find a micro-batch for each sequence length, for loaders that put sequences of like length together.
@@ -135,6 +146,8 @@ def probe_lengths(
         length_started: called with each length before its trials.
         environment: the child's environment variables; this process's own where None.
         show_output: whether what the job prints goes to standard error.
+        cache: `"confirm"` answers from what earlier probes of this user measured, once a single trial has come out as it did
+            then; `"trust"` without any trial, where nothing is seen to have changed; `"off"` neither reads nor keeps anything.
         options: further fields of `ProbeOptions`, by name.
 
     Returns:
@@ -147,14 +160,15 @@ def probe_lengths(
 
     wanted = tuple(sorted(set(lengths)))
     subject = _subject(job, edits, show_output=show_output)
-    asked = subject.options(target=target, lengths=wanted, **options)
+    question = subject.options(target=target, lengths=wanted, **options)
+    asked = _Asked.of(environment, progress, cache)
     reports: dict[int, Report] = {}
     for length in order_of_lengths(wanted):
         if length_started is not None:
             length_started(length)
         found = {one: report.max_micro_batch_size or 0 for one, report in reports.items()}
         first = first_size(length, found)
-        reports[length] = subject.probe(asked, environment, progress, first=first, seq_len=length)
+        reports[length] = subject.probe(question, asked, first=first, seq_len=length)
     return LengthTable(entries=tuple(LengthEntry(seq_len=length, report=reports[length]) for length in wanted))
 
 
@@ -201,24 +215,22 @@ class _Workload:
         return self.name if seq_len is None else self.name.replace(LENGTH_PLACE, str(seq_len))
 
     def probe(
-        self,
-        options: ProbeOptions,
-        environment: Mapping[str, str] | None,
-        progress: Callable[[ProbeEvent], None] | None,
-        *,
-        first: int | None = None,
-        seq_len: int | None = None,
+        self, options: ProbeOptions, asked: _Asked, *, first: int | None = None, seq_len: int | None = None
     ) -> Report:
+        from autobatch.cache.consultation import Consultation
+        from autobatch.cache.identity import workload_identity
         from autobatch.isolation import IsolatedTrials
-        from autobatch.probing import conduct_probe
 
         name = self._at(seq_len)
-        with _surroundings(options, environment) as (surroundings, machine):
+        consultation = Consultation(workload_identity(name), options, asked.cache, asked.progress)
+        if (report := consultation.trusted_report(asked.environment)) is not None:
+            return report
+        with _surroundings(options, asked.environment) as (surroundings, machine):
             trials = IsolatedTrials(
                 name, options, environment=surroundings, machine=machine, show_output=self.show_output
             )
             with trials:
-                return conduct_probe(trials, options, workload=name, first=first, progress=progress)
+                return _conduct(trials, options, asked, consultation, workload=name, first=first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,19 +252,20 @@ class _Command:
         return _checked(asked)
 
     def probe(
-        self,
-        options: ProbeOptions,
-        environment: Mapping[str, str] | None,
-        progress: Callable[[ProbeEvent], None] | None,
-        *,
-        first: int | None = None,
-        seq_len: int | None = None,
+        self, options: ProbeOptions, asked: _Asked, *, first: int | None = None, seq_len: int | None = None
     ) -> Report:
+        from autobatch.cache.consultation import Consultation
+        from autobatch.cache.identity import command_identity
         from autobatch.command.trials import CommandTrials
-        from autobatch.probing import conduct_probe
 
+        identity = command_identity(self.template, options, seq_len)
+        consultation = Consultation(identity, options, asked.cache, asked.progress)
+        if (report := consultation.trusted_report(asked.environment)) is not None:
+            return report
+        # Only its first trial shows the command's device: it is the one that what is remembered would be confirmed by.
+        first = consultation.first_size(asked.environment) or first
         # A card for each rank that the command may start here.
-        with _surroundings(options, environment, cards=options.world_size) as (surroundings, machine):
+        with _surroundings(options, asked.environment, cards=options.world_size) as (surroundings, machine):
             trials = CommandTrials(
                 self.template,
                 options,
@@ -263,7 +276,62 @@ class _Command:
                 seq_len=seq_len,
             )
             with trials:
-                return conduct_probe(trials, options, workload=self.template.text, first=first, progress=progress)
+                return _conduct(trials, options, asked, consultation, workload=self.template.text, first=first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """How a job is to be probed."""
+
+    environment: dict[str, str]
+    """The child's variables."""
+    progress: Callable[[ProbeEvent], None] | None
+    cache: CacheUse
+
+    @classmethod
+    def of(
+        cls,
+        environment: Mapping[str, str] | None,
+        progress: Callable[[ProbeEvent], None] | None,
+        cache: CacheUse,
+    ) -> _Asked:
+        from autobatch.cache.consultation import check_cache_use
+
+        check_cache_use(cache)
+        return cls(environment=dict(os.environ if environment is None else environment), progress=progress, cache=cache)
+
+
+class _Trials(TrialSource, Protocol):
+    """Trials of a job in processes of its own."""
+
+    def files(self) -> Sequence[str]:
+        """The user's own files that the job imported."""
+
+
+def _conduct(
+    trials: _Trials,
+    options: ProbeOptions,
+    asked: _Asked,
+    consultation: Consultation,
+    *,
+    workload: str,
+    first: int | None,
+) -> Report:
+    """Probe with what the cache knows, and let it know what was found."""
+    from autobatch.probing import conduct_probe
+
+    known = consultation.recall(trials.facts)
+    report = conduct_probe(
+        trials,
+        options,
+        workload=workload,
+        first=first,
+        known=known,
+        confirm=consultation.confirms,
+        progress=asked.progress,
+    )
+    consultation.keep(report, trials.facts, trials.files)
+    return report
 
 
 def _checked(options: ProbeOptions) -> ProbeOptions:
@@ -273,16 +341,15 @@ def _checked(options: ProbeOptions) -> ProbeOptions:
 
 @contextlib.contextmanager
 def _surroundings(
-    options: ProbeOptions, environment: Mapping[str, str] | None, *, cards: int = 1
-) -> Iterator[tuple[Mapping[str, str], EmulatedMachine | None]]:
+    options: ProbeOptions, environment: dict[str, str], *, cards: int = 1
+) -> Iterator[tuple[dict[str, str], EmulatedMachine | None]]:
     """The environment in which trials run, and the emulated machine where one is asked for."""
-    surroundings = dict(os.environ if environment is None else environment)
     if options.emulate is None:
-        yield surroundings, None
+        yield environment, None
         return
     from autobatch.emulator.launch import open_machine
     from autobatch.gpu.opening import check_torch_build
 
     check_torch_build()
     with open_machine((options.emulate,) * min(cards, _MOST_CARDS), tenant_bytes=options.tenant_bytes) as machine:
-        yield machine.environment(surroundings), machine
+        yield machine.environment(environment), machine

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
 
-__all__ = ["Bound", "Evidence", "SizeFailure", "StoredAnswer", "Verdict"]
+__all__ = ["Bound", "Evidence", "SizeFailure", "StoredAnswer", "Verdict", "micro_batches_needed", "missing_bytes"]
 
 Verdict = Literal["fits", "does_not_fit", "unknown"]
 
@@ -106,7 +106,7 @@ class Evidence:
 
     def _failing_trials(self, micro_batches: int) -> list[Trial]:
         """Trials whose failure holds under this accumulation too."""
-        return [trial for trial in self._trials if not trial.fits and _micro_batches_needed(trial) <= micro_batches]
+        return [trial for trial in self._trials if not trial.fits and micro_batches_needed(trial) <= micro_batches]
 
     def answer(self, options: ProbeOptions, *, most_listed: int = LARGEST_LISTING) -> StoredAnswer:
         """Answer for a target, a world size and a split.
@@ -183,7 +183,7 @@ class Evidence:
 
     def _does_not_fit(self, bound: Bound, smallest: int) -> StoredAnswer:
         lacking = [
-            _missing_bytes(trial, self._budget_bytes)
+            missing_bytes(trial, self._budget_bytes)
             for trial in self._failing_trials(bound.micro_batches_per_step)
             if trial.micro_batch_size <= smallest
         ]
@@ -196,13 +196,13 @@ class Evidence:
         )
 
 
-def _micro_batches_needed(trial: Trial) -> int:
+def micro_batches_needed(trial: Trial) -> int:
     """With how many micro-batches per step a trial's failure comes: 1 where the first one of all, without gradients, failed."""
     in_first = trial.outcome is Outcome.OUT_OF_MEMORY and trial.steps == 0 and not trial.held_bytes
     return 1 if in_first and trial.window[0] == trial.micro_batch_size else trial.micro_batches_per_step
 
 
-def _missing_bytes(trial: Trial, budget_bytes: int) -> int | None:
+def missing_bytes(trial: Trial, budget_bytes: int) -> int | None:
     """What a trial that did not fit lacked at least; None where fragments, or what it did not say, hide it.
 
     What the allocator held beside tensors counts for nothing: it may have been of use.

@@ -124,6 +124,14 @@ class IsolatedTrials:
         unsupported = self._machine.unsupported_calls() if self._machine else ()
         return describe_emulation(self._inspection, unsupported)
 
+    def files(self) -> Sequence[str]:
+        """The user's own files that the job imported; none where the child cannot say any more."""
+        self._send(files=True)
+        try:
+            return list(self._receive("the end", _LAST_WORDS_SECONDS)["files"])
+        except AutobatchError:
+            return []
+
     def _inspect(self, size: int) -> None:
         self._send(inspect=size)
         answer = self._receive(f"micro-batch {size}", self._options.trial_timeout)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from autobatch.cache.remembered import CacheUse
     from autobatch.facts import DeviceFacts
     from autobatch.gpu.opening import OpenDevice
+    from autobatch.known import KnownTrials
     from autobatch.probing import ProbeEvent
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["probe", "probe_on"]
 
 
-def probe(
+def probe(  # noqa: PLR0913 - what each caller may choose
     micro_step: Callable[[int], object],
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -40,6 +42,7 @@ def probe(
     scaler: torch.amp.GradScaler | None = None,
     end_window: Callable[[], object] | None = None,
     workload: str = "micro_step",
+    cache: CacheUse = "off",
     progress: Callable[[ProbeEvent], None] | None = None,
     **options: Any,
 ) -> Report:
@@ -59,7 +62,11 @@ def probe(
             but the optimizer. The optimizer's parameters belong to the model: name it here.
         scaler: the GradScaler by which `micro_step` scales its loss.
         end_window: what ends a window in place of stepping and zeroing the optimizers, such as clipping first.
-        workload: a name for the report.
+        workload: a name for the report, and for what is remembered.
+        cache: `"confirm"` answers from what earlier runs of this script measured, once a single trial has come out as it did
+            then; `"trust"` without any trial, where the script is unchanged; `"off"` neither reads nor keeps anything. A run is
+            known by the script, `workload`, the code of `micro_step` and the shapes of the optimizer's parameters: what else
+            its memory depends on, such as a length read from a file, belongs into the name.
         progress: called with each event of the probe.
         **options: the device is the one of the optimizer's parameters where `device` does not name one; `trial_timeout`
             concerns trials in a process of their own, and is without effect here. The other fields of `ProbeOptions`
@@ -81,12 +88,28 @@ def probe(
         >>> report.plan.micro_batch_size, report.plan.accumulation_steps  # doctest: +SKIP
         (32, 8)
     """
+    from autobatch.cache.consultation import Consultation, check_cache_use
+    from autobatch.cache.identity import function_identity
+    from autobatch.cache.sources import loaded_files
     from autobatch.gpu.opening import open_device
 
+    check_cache_use(cache)
     job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
     asked = _options(target, {"device": _device_of(job), **options})
+    consultation = Consultation(function_identity(workload, job), asked, cache, progress)
     with open_device(asked) as device:
-        report = probe_on(device, job, asked, restore=restore, workload=workload, progress=progress)
+        known = consultation.recall(device.facts)
+        report = probe_on(
+            device,
+            job,
+            asked,
+            restore=restore,
+            workload=workload,
+            known=known,
+            confirm=consultation.confirms,
+            progress=progress,
+        )
+        consultation.keep(report, device.facts, loaded_files)
     if report.plan is None:
         raise nothing_fits(report)
     return report
@@ -99,6 +122,8 @@ def probe_on(
     *,
     restore: Sequence[object],
     workload: str,
+    known: KnownTrials | None = None,
+    confirm: bool = True,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does."""
@@ -120,7 +145,14 @@ def probe_on(
     )
     is_lost = False
     try:
-        return conduct_probe(_OwnTrials(device, runner, job, snapshot), options, workload=workload, progress=progress)
+        return conduct_probe(
+            _OwnTrials(device, runner, job, snapshot),
+            options,
+            workload=workload,
+            known=known,
+            confirm=confirm,
+            progress=progress,
+        )
     except WorkloadError as error:
         is_lost = error.context_lost
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import itertools
 import time
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from autobatch._version import __version__
 from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError, WorkloadError
 from autobatch.facts import AnswerRemarks, DeviceFacts
-from autobatch.report import Memory, Report, Versions, fingerprint, utc_timestamp
+from autobatch.known import is_repeated_by, trial_to_repeat
+from autobatch.report import Cached, Memory, Report, Versions, describe_age, fingerprint, utc_timestamp
 from autobatch.search import Bracket, SearchSpace, find_bracket, next_size
 from autobatch.throughput import choose_fastest, describe_times, sizes_to_time, windows_per_trial
 from autobatch.units import format_bytes
@@ -18,11 +21,12 @@ from autobatch.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from autobatch.known import KnownTrials
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
     from autobatch.trial import Trial
 
-__all__ = ["ProbeEvent", "TrialEnded", "TrialSource", "TrialStarted", "conduct_probe", "nothing_fits"]
+__all__ = ["Noted", "ProbeEvent", "TrialEnded", "TrialSource", "TrialStarted", "conduct_probe", "nothing_fits"]
 
 # Less than this may be a cache that a library keeps.
 _LEAST_LEAK_BYTES = 1 << 20
@@ -63,7 +67,14 @@ class TrialEnded:
     """What it took by the clock, the making of the job included."""
 
 
-ProbeEvent = DeviceFacts | TrialStarted | TrialEnded
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """Something to be said meanwhile, in one line."""
+
+    text: str
+
+
+ProbeEvent = DeviceFacts | TrialStarted | TrialEnded | Noted
 
 
 def conduct_probe(
@@ -72,15 +83,22 @@ def conduct_probe(
     *,
     workload: str,
     first: int | None = None,
+    known: KnownTrials | None = None,
+    confirm: bool = True,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Find the maximum, plan for the target, and confirm the plan's sizes.
+
+    Of trials that are known, one runs again, the plan's own where there is one: comes it out the same, all of them count as
+    if they had run now, and the search goes on from them; else they are left aside.
 
     Args:
         source: where the trials run.
         options: what is asked.
         workload: the training job's name, for the report.
-        first: the size to begin with, where something is known.
+        first: the size to begin with, where something is known of a job much like this one.
+        known: trials of earlier probes of this job that hold for this question.
+        confirm: whether one of them is run again, or all are trusted.
         progress: called with each event as it comes.
 
     Returns:
@@ -97,6 +115,8 @@ def conduct_probe(
         raise UsageError("objective 'throughput' needs a real GPU: an emulated one knows no time; use max or plan")
     options.make_plan(options.ceiling)  # says before the first trial that the target cannot be hit
     probe = _Probe(source, options, progress or (lambda _: None), first)
+    if known is not None:
+        probe.recall(known, confirm=confirm)
     plan = probe.find_plan()
     return probe.report(plan, workload)
 
@@ -115,6 +135,9 @@ class _Probe:
         self._options = options
         self._progress = progress
         self._trials: list[Trial] = []
+        self._ran: list[Trial] = []
+        self._known: KnownTrials | None = None
+        self._confirmed = False
         self._space = SearchSpace(
             candidates=options.candidates(),
             budget_bytes=source.facts.memory.budget_bytes,
@@ -123,6 +146,41 @@ class _Probe:
         )
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
         progress(source.facts)
+
+    def recall(self, known: KnownTrials, *, confirm: bool) -> None:
+        """Begin with known trials, if the one that is run again comes out as before.
+
+        Raises:
+            NothingFitsError: a training ran out of memory with the smallest size that may be used.
+        """
+        space = self._space
+        if known.limit is not None:
+            self._space = self._limited(space, known)
+        self._known = known
+        before = trial_to_repeat(known.trials, self._options)
+        if before is None:
+            return
+        self._trials = list(known.trials)
+        how = "one runs again to show whether they hold" if confirm else "trusted as they stand"
+        trials = f"{len(known.trials)} trial{'s' if len(known.trials) > 1 else ''}"
+        self._progress(Noted(text=f"cached: {trials}, measured {describe_age(known.measured_at)}; {how}"))
+        if not confirm:
+            return
+        now = self._run(before.window, confirmation=True)
+        self._trials = [trial for trial in self._trials if trial is not before]
+        self._confirmed = is_repeated_by(before, now)
+        if not self._confirmed:
+            self._trials, self._known, self._space = [now], None, space
+            self._progress(
+                Noted(text=f"{_difference(before, now)}: what was known is left aside, and all is tried anew")
+            )
+
+    def _limited(self, space: SearchSpace, known: KnownTrials) -> SearchSpace:
+        """The sizes up to a limit."""
+        candidates = space.candidates[: bisect.bisect_right(space.candidates, known.limit or 0)]
+        if not candidates:
+            raise NothingFitsError(f"nothing smaller may be used, and {known.notes[0]}", trials=())
+        return dataclasses.replace(space, candidates=candidates)
 
     def find_plan(self) -> Plan | None:
         """Search, plan and confirm until a plan stands whose sizes have all run."""
@@ -167,7 +225,7 @@ class _Probe:
     def _not_monotone(self) -> PlanError | WorkloadError:
         largest = max(trial.micro_batch_size for trial in self._trials if trial.fits)
         failing = min(trial.micro_batch_size for trial in self._trials if not trial.fits)
-        if leak := _describe_leak(self._trials):
+        if leak := _describe_leak(self._ran):
             return WorkloadError(f"micro-batch {largest} fitted, but {failing} did not: {leak}")
         return PlanError(
             f"micro-batch {largest} fitted, but {failing} did not: memory is not monotone here, and no plan of the "
@@ -194,6 +252,7 @@ class _Probe:
         started = time.monotonic()
         trial = self._source.run_trial(window, confirmation=confirmation)
         self._trials.append(trial)
+        self._ran.append(trial)
         self._progress(TrialEnded(trial=trial, bracket=find_bracket(self._trials), seconds=time.monotonic() - started))
         return trial
 
@@ -207,6 +266,7 @@ class _Probe:
             (trial for trial in reversed(self._trials) if trial.micro_batch_size == largest), self._trials[-1]
         )
         warnings = [] if plan is None else list(plan.warnings)
+        warnings.extend(self._known.notes if self._known else ())
         if not bracket.monotone:
             failing = min(trial.micro_batch_size for trial in self._trials if not trial.fits)
             warnings.append(
@@ -216,7 +276,7 @@ class _Probe:
             )
         if self._options.objective == "throughput" and plan is not None:
             warnings.append(describe_times(self._trials, self._options, plan.micro_batch_size))
-        warnings.append(_describe_leak(self._trials))
+        warnings.append(_describe_leak(self._ran))
         warnings.extend(remarks.warnings)
         unaccumulated = remarks.unaccumulated if plan is not None and plan.accumulation_steps > 1 else ""
         warnings.append(unaccumulated)
@@ -231,7 +291,7 @@ class _Probe:
             fingerprint=_fingerprint(facts, workload, self._options),
             plan=plan,
             objective=self._options.objective,
-            measured_at=utc_timestamp(),
+            measured_at=utc_timestamp() if self._ran or self._known is None else self._known.measured_at,
             micro_batches_per_step=answer.micro_batches_per_step,
             max_micro_batch_size=largest,
             smallest_failing=bracket.fails,
@@ -249,6 +309,17 @@ class _Probe:
             not_modelled=remarks.not_modelled,
             expected_error=remarks.expected_error,
             warnings=tuple(filter(None, warnings)),
+            cached=self._cached(),
+        )
+
+    def _cached(self) -> Cached | None:
+        if self._known is None or not self._known.trials:
+            return None
+        return Cached(
+            measured_at=self._known.measured_at,
+            measurement=self._known.measurement,
+            num_trials=len(self._trials) - len(self._ran),
+            confirmed=self._confirmed,
         )
 
 
@@ -262,6 +333,17 @@ def nothing_fits(report: Report) -> NothingFitsError:
         f"micro-batch {smallest} does not fit into the budget of {format_bytes(report.memory.budget_bytes)} on "
         f"{report.device.name}: {', '.join(ways[:-1])} or {ways[-1]} would help",
         trials=report.trials,
+    )
+
+
+def _difference(before: Trial, now: Trial) -> str:
+    """Say how a trial that ran again differs."""
+    if before.fits != now.fits:
+        words = {True: "fitted", False: "did not fit"}
+        return f"micro-batch {now.micro_batch_size} {words[before.fits]} before and {words[now.fits]} now"
+    return (
+        f"micro-batch {now.micro_batch_size} took {format_bytes(before.peak_allocated_bytes)} of tensors before and "
+        f"{format_bytes(now.peak_allocated_bytes)} now"
     )
 
 

@@ -17,7 +17,18 @@ from autobatch.trial import Outcome, Trial
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["SCHEMA_VERSION", "Basis", "Device", "Memory", "Report", "Versions", "fingerprint", "utc_timestamp"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Basis",
+    "Cached",
+    "Device",
+    "Memory",
+    "Report",
+    "Versions",
+    "describe_age",
+    "fingerprint",
+    "utc_timestamp",
+]
 
 SCHEMA_VERSION = 1
 """Changes when a field changes its meaning or goes; a new field does not change it."""
@@ -76,6 +87,25 @@ class Versions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cached:
+    """What of a report was known before its probe began."""
+
+    measured_at: str
+    """When the newest of the earlier trials ran: ISO 8601 in UTC, ending in `Z`."""
+    measurement: str
+    """The id under which the cache keeps it."""
+    num_trials: int
+    """Trials of the report that ran earlier, and not again; 0 where the one that was known ran again."""
+    confirmed: bool
+    """True where one of them ran again and came out the same; False where they were trusted."""
+
+    def __post_init__(self) -> None:
+        _check_timestamp(self.measured_at)
+        if self.num_trials < 0:
+            raise ValueError(f"num_trials {self.num_trials} is below 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a probe found.
 
@@ -123,6 +153,8 @@ class Report:
     """The error to expect of an emulated answer; empty for a measured one."""
     warnings: tuple[str, ...] = ()
     """What the reader should know, one line each."""
+    cached: Cached | None = None
+    """What was known before; None where every trial ran in this probe."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -234,6 +266,18 @@ def utc_timestamp() -> str:
     import datetime as dt
 
     return dt.datetime.now(tz=dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def describe_age(timestamp: str) -> str:
+    """Say how long ago a time like `Report.measured_at` was, as people do: `5 minutes ago`."""
+    import datetime as dt
+
+    age = (dt.datetime.now(tz=dt.UTC) - dt.datetime.fromisoformat(timestamp)).total_seconds()
+    for unit, seconds in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if age >= seconds:
+            count = int(age // seconds)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
 
 
 def _check_timestamp(text: str) -> None:

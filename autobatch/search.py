@@ -113,7 +113,7 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
     predictions were given up, log2(w) more.
 
     Args:
-        trials: every trial so far, in the order in which they ran.
+        trials: every trial so far, in the order in which they ran; those that were known before may be of any size.
         space: what may be answered.
 
     Returns:
@@ -126,12 +126,13 @@ def next_size(trials: Sequence[Trial], space: SearchSpace) -> int | None:
     if bracket.fails is None:
         return _grow(inside, space, bracket)
     if bracket.fits is None:
-        if bracket.fails != space.candidates[0]:
+        if bracket.fails > space.candidates[0]:
             return _shrink(inside, space, bracket.fails)
         # The gradients of an earlier micro-batch may be all that was too much: the share whole has none. What one failing
         # size tells of a sample may be far too much: a job that pads takes as much for one sample as for several.
         return space.share if _whole_share_may_fit(inside, space, bracket.fails, padding=MOST_PADDING) else None
-    if space.above(bracket.fits) == bracket.fails:
+    above = space.above(bracket.fits)
+    if above is None or above >= bracket.fails:
         return space.share if _whole_share_may_fit(inside, space, bracket.fits) else None
     return _close(inside, space, bracket.fits, bracket.fails)
 

@@ -116,6 +116,7 @@ def _serve_trials(
     options: ProbeOptions,
     make_job: Callable[[], TrainingJob],
 ) -> None:
+    from autobatch.cache.sources import loaded_files
     from autobatch.jsonform import to_json_form
     from autobatch.throughput import windows_per_trial
     from autobatch.workload.inspection import inspect_job
@@ -127,6 +128,9 @@ def _serve_trials(
         request = json.loads(line)
         if "inspect" in request:
             _answer(answers, inspection=to_json_form(inspect_job(make_job, device.memory, request["inspect"])))
+            continue
+        if "files" in request:
+            _answer(answers, files=loaded_files())
             continue
         trial = runner(tuple(request["window"]), confirmation=request["confirmation"])
         _answer(answers, trial=to_json_form(trial))

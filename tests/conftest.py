@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -37,6 +38,17 @@ sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
 """
 
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+# What no test sets otherwise is remembered nowhere near the user's own cache.
+os.environ["AUTOBATCH_CACHE"] = "/proc/autobatch-tests-keep-nothing/measurements.sqlite3"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test remembers what it probes by itself."""
+    folder = tmp_path_factory.getbasetemp() / "caches"
+    monkeypatch.setenv("AUTOBATCH_CACHE", str(folder / secrets.token_hex(8) / "measurements.sqlite3"))
 
 
 @dataclass(frozen=True, kw_only=True)

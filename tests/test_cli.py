@@ -516,7 +516,7 @@ REPORT_KEYS = {
     "schema_version", "basis", "workload", "fingerprint", "plan", "objective", "measured_at", "micro_batches_per_step",
     "max_micro_batch_size", "smallest_failing", "ceiling_reached", "monotone", "device", "memory", "trials", "versions",
 }  # fmt: skip
-OUR_KEYS = {"options", "certified", "data_dependent", "not_modelled", "expected_error", "warnings"}
+OUR_KEYS = {"cached", "options", "certified", "data_dependent", "not_modelled", "expected_error", "warnings"}
 TRIAL_KEYS = {
     "micro_batch_size", "outcome", "steps", "peak_allocated_bytes", "peak_reserved_bytes", "footprint_bytes",
     "alloc_retries", "seconds_per_step", "micro_batches_per_step", "confirmation",

@@ -35,6 +35,7 @@ PUBLIC = [
     "LengthTable",
     "MemoryEvent",
     "NoGpuError",
+    "Noted",
     "NothingFitsError",
     "Outcome",
     "Plan",
@@ -72,6 +73,7 @@ PUBLIC = [
     "probe_command",
     "probe_lengths",
     "probe_workload",
+    "remember_out_of_memory",
     "report_svg",
     "state_hash",
     "to_json_form",
@@ -93,13 +95,25 @@ FLOORS: list[tuple[str, ...]] = [
         "search",
         "throughput",
         "evidence",
+        "known",
     ),
     ("store",),
     ("gpu", "emulator"),
     ("workload",),
     ("snapshot",),
     ("training",),
-    ("probing", "emulation", "isolation", "worker", "lastwords", "library", "command", "child_probe", "doctor"),
+    (
+        "probing",
+        "emulation",
+        "isolation",
+        "worker",
+        "lastwords",
+        "library",
+        "command",
+        "child_probe",
+        "doctor",
+        "cache",
+    ),
     ("present", "reporting", "cli", "__init__", "__main__"),
 ]
 
@@ -189,7 +203,7 @@ def test_light_uses_import_nothing_heavy(code: str) -> None:
 @pytest.mark.parametrize("path", modules(), ids=dotted)
 def test_no_module_imports_anything_heavy_at_its_top(path: Path) -> None:
     """torch, pynvml, rich and numpy are imported where they are used; SQLAlchemy in the store, which is imported so itself."""
-    allowed = {"sqlalchemy", "alembic"} if dotted(path).startswith("store.") else set()
+    allowed = {"sqlalchemy", "alembic"} if dotted(path).startswith(("store.", "cache.remembered")) else set()
     assert not module_level_imports(ast.parse(path.read_text())) & HEAVY - allowed
 
 
@@ -215,7 +229,7 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    of_faces = {"--plot", "--report-to", "--report-as", "--set", "--sizes"}
+    of_faces = {"--plot", "--report-to", "--report-as", "--set", "--sizes", "--cache", "--no-cache"}
     assert flags - {"--help", "--format", "--verbose"} - of_faces == fields
 
 

@@ -131,7 +131,7 @@ def _split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _build_parser() -> Parser:
-    from autobatch.cli import cards, check, emulate, plan, probe, run
+    from autobatch.cli import cache, cards, check, emulate, plan, probe, run
 
     parser = Parser(
         prog="autobatch",
@@ -142,10 +142,11 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (probe, run, plan, check, emulate, cards, service):
+    for module in (probe, run, plan, check, cache, emulate, cards, service):
         module.add_commands(commands)
     for command in commands.choices.values():
-        command.set_defaults(parser=command)
+        if command.get_default("run") is not None:  # one with actions of its own leaves it to them
+            command.set_defaults(parser=command)
     return parser
 
 

@@ -16,6 +16,8 @@ from autobatch.lengths import parse_lengths
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
+    from autobatch.cache.remembered import CacheUse
+    from autobatch.cli.settings import Settings
     from autobatch.lengths import LengthTable
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
@@ -65,12 +67,22 @@ def add_commands(commands: Any) -> None:
 
 
 def add_command_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what belongs to a training command behind --."""
+    """Add what is the same for all that probe: what is shown, what is remembered, and the command behind --."""
     parser.add_argument(
         "--verbose",
         action="store_true",
         default=argparse.SUPPRESS,  # so that a file's setting shows through
         help="show what the training job prints, and tracebacks",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("confirm", "trust", "off"),
+        default=argparse.SUPPRESS,
+        help="what earlier probes measured: confirm it by one trial (the default), trust it where nothing changed, or neither "
+        "read nor keep it",
+    )
+    parser.add_argument(
+        "--no-cache", dest="cache", action="store_const", const="off", default=argparse.SUPPRESS, help="--cache off"
     )
     parser.add_argument(
         "--sizes",
@@ -91,7 +103,7 @@ def run(parsed: argparse.Namespace) -> int:
     from autobatch.probing import nothing_fits
 
     settings = read_settings(Path("pyproject.toml"))
-    subject = Subject.read(parsed, settings.workload)
+    subject = Subject.read(parsed, settings)
     form = getattr(parsed, "format", None) or settings.form or "table"
     # Kept where what shows errors finds it too.
     parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
@@ -144,24 +156,33 @@ class Subject:
     edits: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     """Sequence lengths to probe at, where they are told apart."""
+    cache: CacheUse = "confirm"
+    """What the cache is for."""
 
     @classmethod
-    def read(cls, parsed: argparse.Namespace, configured: str | None) -> Subject:
+    def read(cls, parsed: argparse.Namespace, settings: Settings) -> Subject:
         """Read the command line, and check what can be checked before anything is started."""
         lengths = () if parsed.sizes is None else parse_lengths(parsed.sizes)
+        cache = getattr(parsed, "cache", settings.cache or "confirm")
         if parsed.command is None:
             if parsed.set:
                 raise UsageError(
                     f"--set {parsed.set[0]} edits a file of a training command: write the command behind --"
                 )
-            workload = parsed.workload or configured or DEFAULT_WORKLOAD
-            return cls(workload=workload, command=None, lengths=lengths)
+            workload = parsed.workload or settings.workload or DEFAULT_WORKLOAD
+            return cls(workload=workload, command=None, lengths=lengths, cache=cache)
         if parsed.workload is not None:
             raise UsageError(f"both the workload {parsed.workload} and a command behind -- are named: choose one")
         from autobatch.command.template import CommandTemplate
 
         template = CommandTemplate.parse(parsed.command, parsed.set)
-        return cls(workload=template.text, command=template.arguments, edits=tuple(parsed.set), lengths=lengths)
+        return cls(
+            workload=template.text,
+            command=template.arguments,
+            edits=tuple(parsed.set),
+            lengths=lengths,
+            cache=cache,
+        )
 
     def check(self, options: ProbeOptions) -> None:
         """Refuse what cannot be probed, or not with these options."""
@@ -174,6 +195,8 @@ class Subject:
     @property
     def starting(self) -> str:
         """What is said until the device is known: a command's comes with its first trial."""
+        if self.cache == "trust":
+            return "looking at what is remembered …"
         return "starting torch …" if self.command is None else "running the command once to see its device …"
 
     def check_outlets(self, parsed: argparse.Namespace, form: str) -> None:
@@ -193,9 +216,16 @@ class Subject:
 
         with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
             if self.command is None:
-                return probe_workload(self.workload, progress=progress, show_output=verbose, **vars(options))
+                return probe_workload(
+                    self.workload, progress=progress, show_output=verbose, cache=self.cache, **vars(options)
+                )
             return probe_command(
-                self.command, edits=self.edits, progress=progress, show_output=verbose, **vars(options)
+                self.command,
+                edits=self.edits,
+                progress=progress,
+                show_output=verbose,
+                cache=self.cache,
+                **vars(options),
             )
 
     def probe_lengths(self, options: ProbeOptions, *, verbose: bool) -> LengthTable:
@@ -211,6 +241,7 @@ class Subject:
                 progress=progress,
                 length_started=lambda length: say(f"sequence length {length}"),
                 show_output=verbose,
+                cache=self.cache,
                 **vars(options),
             )
 

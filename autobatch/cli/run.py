@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ from autobatch.cli.output import say
 from autobatch.cli.probe import Subject, add_command_flags, choose_card
 from autobatch.cli.settings import read_settings
 from autobatch.cli.started import run_to_end
-from autobatch.errors import UsageError
+from autobatch.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from autobatch.plan import Plan
+    from autobatch.report import Report
 
 __all__ = ["add_commands"]
 
@@ -48,7 +48,7 @@ def run(parsed: argparse.Namespace) -> int:
     settings = read_settings(Path("pyproject.toml"))
     parsed.workload = None
     parsed.verbose = getattr(parsed, "verbose", settings.verbose or False)
-    subject = Subject.read(parsed, None)
+    subject = Subject.read(parsed, settings)
     asked = options_from(parsed, settings.options)
     if parsed.sizes is not None:
         raise UsageError(f"--sizes {parsed.sizes} gives a plan for each length, and run trains by one: probe with it")
@@ -64,14 +64,16 @@ def run(parsed: argparse.Namespace) -> int:
         raise nothing_fits(report)
     for warning in report.warnings:
         say(f"note: {warning}")
-    return _start(subject, report.plan)
+    return _start(subject, report, report.plan)
 
 
-def _start(subject: Subject, plan: Plan) -> int:
+def _start(subject: Subject, report: Report, plan: Plan) -> int:
     """Run the command with a plan, as if it had been started by hand."""
     import os
 
+    from autobatch.command.launching import temporary_folder
     from autobatch.command.template import CommandTemplate, CommandValues
+    from autobatch.command.training import WatchedTraining
 
     values = CommandValues(
         micro_batch_size=plan.micro_batch_size,
@@ -83,6 +85,28 @@ def _start(subject: Subject, plan: Plan) -> int:
         f"starting the command with micro-batch {plan.micro_batch_size} and {plan.accumulation_steps} accumulation steps: "
         f"effective batch size {plan.effective_batch_size}"
     )
-    with tempfile.TemporaryDirectory(prefix="autobatch-run-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder, WatchedTraining(Path(folder)) as training:
         rendered = CommandTemplate.parse(subject.command or (), subject.edits).render(values, Path(folder))
-        return run_to_end(rendered.arguments, {**os.environ, **rendered.environment})
+        variables = {**os.environ, **rendered.environment}
+        if subject.cache == "off":
+            return run_to_end(rendered.arguments, variables)
+        status = run_to_end(rendered.arguments, training.environment(variables))
+        if status and training.ran_out_of_memory():
+            _remember(report, plan)
+    return status
+
+
+def _remember(report: Report, plan: Plan) -> None:
+    """Let the cache know that the plan did not hold."""
+    from autobatch.cache.consultation import remember_out_of_memory
+
+    try:
+        remembered = remember_out_of_memory(report)
+    except UnavailableError as error:
+        say(f"the training ran out of memory with micro-batch {plan.micro_batch_size}, but {error}")
+        return
+    if remembered:
+        say(
+            f"the training ran out of memory with micro-batch {plan.micro_batch_size}: the next plan for it will take less "
+            "(`autobatch cache clear` forgets that, as where another program had taken the memory)"
+        )

@@ -12,6 +12,8 @@ from autobatch.present.formats import FORMATS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from autobatch.cache.remembered import CacheUse
+
 __all__ = ["Settings", "read_settings"]
 
 _WHERE = "[tool.autobatch] of"
@@ -26,6 +28,8 @@ class Settings:
     form: str | None = None
     """How the result is printed, one of `FORMATS`."""
     verbose: bool | None = None
+    cache: CacheUse | None = None
+    """What the cache is for."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Fields of `ProbeOptions`, which checks their values."""
 
@@ -42,18 +46,20 @@ def read_settings(path: Path) -> Settings:
 
     table = _read_table(path)
     fields = {one.name for one in dataclasses.fields(ProbeOptions)}
-    known = {"workload", "format", "verbose", *fields}
+    known = {"workload", "format", "verbose", "cache", *fields}
     if unknown := sorted(set(table) - known):
         raise UsageError(f"{_WHERE} {path} has {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
-    workload, form, verbose = (table.get(name) for name in ("workload", "format", "verbose"))
+    workload, form, verbose, cache = (table.get(name) for name in ("workload", "format", "verbose", "cache"))
     if workload is not None and not isinstance(workload, str):
         raise UsageError(f"{_WHERE} {path}: workload is {workload!r}: write a name, such as 'gpt2'")
     if form is not None and (not isinstance(form, str) or form not in FORMATS):
         raise UsageError(f"{_WHERE} {path}: format is {form!r}: write one of {', '.join(FORMATS)}")
     if verbose is not None and not isinstance(verbose, bool):
         raise UsageError(f"{_WHERE} {path}: verbose is {verbose!r}: write true or false")
+    if cache is not None and cache not in {"confirm", "trust", "off"}:
+        raise UsageError(f"{_WHERE} {path}: cache is {cache!r}: write 'confirm', 'trust' or 'off'")
     options = {name: _as_written(name, table[name]) for name in fields & set(table)}
-    return Settings(workload=workload, form=form, verbose=verbose, options=options)
+    return Settings(workload=workload, form=form, verbose=verbose, cache=cache, options=options)
 
 
 def _as_written(name: str, value: object) -> object:

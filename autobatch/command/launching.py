@@ -24,14 +24,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["CommandRun", "Ended", "Message", "TimedOut"]
+__all__ = ["HOOK_FOLDER", "PACKAGE_ROOT", "CommandRun", "Ended", "Message", "TimedOut", "temporary_folder"]
 
 _WARDEN = str(Path(__file__).with_name("warden.py"))
-_HOOK_FOLDER = str(Path(__file__).with_name("hook"))
-_PACKAGE_ROOT = str(Path(__file__).parents[2])
+HOOK_FOLDER = str(Path(__file__).with_name("hook"))
+"""What stands on PYTHONPATH so that Python runs the hook."""
+PACKAGE_ROOT = str(Path(__file__).parents[2])
+"""The folder of this very copy of the package."""
 _LAST_WORDS_SECONDS = 2.0
 _TAIL_LINES = 40
 _LARGEST_MESSAGE = 1 << 20
+
+
+# A socket's path has at most 108 characters (unix(7)).
+_LONGEST_FOLDER = 70
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for one run, whose path leaves room for a socket's."""
+    parent = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108 - one of its own is made there
+    return tempfile.TemporaryDirectory(prefix="autobatch-", dir=parent, ignore_cleanup_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +100,8 @@ class CommandRun:
         self._arguments = list(arguments)
         self._folder = folder
         channel = folder / "channel"
-        hook = {**setup, "channel": str(channel), "package_root": _PACKAGE_ROOT}
-        paths = [_HOOK_FOLDER, *filter(None, [environment.get("PYTHONPATH")])]
+        hook = {**setup, "channel": str(channel), "package_root": PACKAGE_ROOT}
+        paths = [HOOK_FOLDER, *filter(None, [environment.get("PYTHONPATH")])]
         self._environment = {
             **environment,
             "AUTOBATCH_HOOK": json.dumps(hook),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from autobatch.command.heard import CommandTraits, RunSoFar, describe_end, severity, steps_text
-from autobatch.command.launching import CommandRun, Ended, Message, TimedOut
+from autobatch.command.launching import CommandRun, Ended, Message, TimedOut, temporary_folder
 from autobatch.command.template import MICRO_BATCH_VARIABLE, CommandValues
 from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, UsageError, WorkloadError
@@ -39,9 +38,6 @@ _LACKS_ACCUMULATION = (
     "gradients that accumulation holds, and it cannot train by this plan; give it {accumulation_steps} among its arguments, or "
     "let it read AUTOBATCH_ACCUMULATION_STEPS"
 )
-
-
-_LONGEST_FOLDER = 70
 
 
 class CommandTrials:
@@ -85,6 +81,7 @@ class CommandTrials:
         self._smallest_run: int | None = None
         self._first: Trial | None = None
         self._traits = CommandTraits()
+        self._files: set[str] = set()
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
 
     def __enter__(self) -> Self:
@@ -140,6 +137,10 @@ class CommandTrials:
             unaccumulated=unaccumulated,
         )
 
+    def files(self) -> Sequence[str]:
+        """The user's own files that processes of the command imported."""
+        return sorted(self._files)
+
     # ---- one trial --------------------------------------------------------------------------------------------------
 
     def _run(self, window: tuple[int, ...], *, confirmation: bool) -> Trial:
@@ -167,7 +168,7 @@ class CommandTrials:
             "smaller_ran": self._smallest_run is not None and self._smallest_run < size,
         }
         with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(_temporary_folder()))
+            folder = Path(stack.enter_context(temporary_folder()))
             rendered = self._template.render(values, folder)
             run = stack.enter_context(
                 CommandRun(
@@ -212,6 +213,7 @@ class CommandTrials:
             self._facts = from_json_form(DeviceFacts, content["facts"], where="facts")
         if content["inspection"] is not None and self._inspection is None:
             self._inspection = from_json_form(Inspection, content["inspection"], where="inspection")
+        self._files.update(content["files"])
         self._traits.note(content, trial, asked=len(so_far.window))
         return trial
 
@@ -282,9 +284,3 @@ class CommandTrials:
             seconds_per_step=None,
             note=f"the last words of the command: {reason}",
         )
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for one run; not below a path that is too long for a socket's (108 characters, unix(7))."""
-    parent = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108 - one of its own is made there
-    return tempfile.TemporaryDirectory(prefix="autobatch-", dir=parent, ignore_cleanup_errors=True)

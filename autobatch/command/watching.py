@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing import util
 from typing import TYPE_CHECKING, Any
 
+from autobatch.cache.sources import loaded_files
 from autobatch.command.counting import StepCounts
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.gpu.opening import open_device
@@ -335,6 +336,7 @@ class _Watcher:
             "reads": sorted(self._reads),
             "idle_optimizers": self._idle_optimizers() if trial.fits else [],
             "frozen_bytes": self._frozen_bytes(),
+            "files": loaded_files(),
         }
         if trial.fits and self._setup.inspect:
             self._operators = OperatorWatch()

@@ -1,9 +1,10 @@
-"""The cards of a machine and what a probe needs of it, for people."""
+"""The cards of a machine, what a probe needs of it, and what is remembered of earlier ones, for people."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autobatch.report import describe_age
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from autobatch.doctor import Finding
     from autobatch.gpu.catalogue import Card
     from autobatch.gpu.presence import Presence, PresentCard
+    from autobatch.store import Measurement
 
-__all__ = ["cards_view", "findings_view"]
+__all__ = ["cards_view", "findings_view", "measurements_view"]
 
 
 def cards_view(presence: Presence, cards: Sequence[Card]) -> RenderableType:
@@ -28,6 +30,27 @@ def cards_view(presence: Presence, cards: Sequence[Card]) -> RenderableType:
     if presence.problem:
         here.append(f"  {presence.problem}" if here else f"  none: {presence.problem}")
     return Group(Text("here", style="bold"), *map(Text, here), Text(), _catalogue_table(cards))
+
+
+def measurements_view(entries: Sequence[Measurement]) -> RenderableType:
+    """Show the measurements of a cache."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", no_wrap=True)
+    table.add_column("measured", no_wrap=True)
+    table.add_column("GPU", no_wrap=True)
+    for name in ("largest", "trials"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("job", overflow="fold")
+    for entry in entries:
+        report = entry.report
+        largest = "–" if report.max_micro_batch_size is None else str(report.max_micro_batch_size)
+        gpu = entry.gpu.removeprefix("NVIDIA ") + (", emulated" if report.basis == "emulated" else "")
+        age = describe_age(report.measured_at)
+        table.add_row(entry.id, age, gpu, largest, str(len(report.trials)), escape(entry.workload))
+    return table
 
 
 def _card_text(card: PresentCard) -> str:

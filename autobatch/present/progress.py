@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from autobatch.facts import DeviceFacts
 from autobatch.present.tables import OUTCOME_WORDS, window_text
-from autobatch.probing import TrialEnded, TrialStarted
+from autobatch.probing import Noted, TrialEnded, TrialStarted
 from autobatch.trial import Outcome
 from autobatch.units import format_bytes
 
@@ -63,6 +63,8 @@ class ProgressLines:
             self._budget_bytes = event.memory.budget_bytes
             budget = format_bytes(event.memory.budget_bytes)
             self._line(Text(f"{event.device.name} ({event.basis}), torch {event.torch_version}, budget {budget}"))
+        elif isinstance(event, Noted):
+            self._line(Text(event.text))
         elif isinstance(event, TrialStarted):
             self._show_start(event)
         else:

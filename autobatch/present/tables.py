@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from autobatch.present.budget import budget_lines
+from autobatch.report import describe_age
 from autobatch.trial import Outcome
 from autobatch.units import format_bytes
 
@@ -141,6 +142,11 @@ def _plan_table(plan: Plan) -> Table:
 def _found_table(largest: int, report: Report) -> Table:
     table = _figures("measurement")
     table.add_row("largest micro-batch", f"{largest}", _certificate(report))
+    if report.cached is not None:
+        age = describe_age(report.cached.measured_at)
+        how = "one ran again and came out the same" if report.cached.confirmed else "trusted as they stand"
+        of = f"of {len(report.trials)} trials"
+        table.add_row("cached", f"{report.cached.num_trials}", f"{of} below, measured {age}; {how}")
     return table
 
 

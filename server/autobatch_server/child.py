@@ -63,13 +63,15 @@ def _run(order: dict[str, object], answers: IO[str]) -> int:
 
 
 def _event_form(event: ProbeEvent) -> dict[str, object]:
-    from autobatch import TrialEnded, TrialStarted, to_json_form
+    from autobatch import Noted, TrialEnded, TrialStarted, to_json_form
 
     if isinstance(event, TrialStarted):
         kind, form = "trial_started", {"window": list(event.window), "confirmation": event.confirmation}
         form |= {"ceiling": event.ceiling}
     elif isinstance(event, TrialEnded):
         kind, form = "trial_ended", {"trial": to_json_form(event.trial), "seconds": round(event.seconds, 3)}
+    elif isinstance(event, Noted):
+        kind, form = "noted", {"text": event.text}
     else:
         kind, form = "device", {"device": to_json_form(event.device), "memory": to_json_form(event.memory)}
     if isinstance(event, TrialStarted | TrialEnded):

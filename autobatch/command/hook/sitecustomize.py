@@ -6,6 +6,7 @@ one hides, runs as it would have. The folder stays on PYTHONPATH, for the proces
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -22,14 +23,15 @@ _SETUP = json.loads(os.environ.get("AUTOBATCH_HOOK", "{}"))
 
 
 def _send(**message: object) -> None:
-    """Tell the probe something; where it is gone, this process has nothing more to do."""
+    """Tell the program that started this something; a trial whose probe is gone has nothing more to do."""
     rank = os.environ.get("RANK", "")
     message.update(pid=os.getpid(), rank=int(rank) if rank.isdecimal() else 0)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         try:
             channel.sendto(json.dumps(message).encode(), _SETUP["channel"])
         except OSError:
-            os._exit(1)
+            if not _SETUP.get("training"):
+                os._exit(1)
 
 
 class _AfterTorch:
@@ -52,7 +54,19 @@ class _AfterTorch:
         return spec
 
 
+def _watch_training() -> None:
+    sys.path.append(_SETUP["package_root"])
+    with contextlib.suppress(Exception):  # whatever hinders it, the training goes on
+        from autobatch.command.aftermath import watch_end
+
+        watch_end(_send)
+    sys.path.remove(_SETUP["package_root"])
+
+
 def _watch() -> None:
+    if _SETUP.get("training"):
+        _watch_training()
+        return
     sys.path.append(_SETUP["package_root"])
     try:
         from autobatch.command.watching import watch
@@ -85,6 +99,7 @@ def _chain() -> None:
 
 
 if _SETUP:
-    _send(kind="hello", program=" ".join(sys.orig_argv)[:500], ranks=os.environ.get("WORLD_SIZE"))
     sys.meta_path.insert(0, _AfterTorch())
+if _SETUP and not _SETUP.get("training"):
+    _send(kind="hello", program=" ".join(sys.orig_argv)[:500], ranks=os.environ.get("WORLD_SIZE"))
 _chain()

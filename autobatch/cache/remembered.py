@@ -1,0 +1,329 @@
+"""The user's own measurements on disk: found for a question, kept after a probe, lowered by a training that ran out of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import platformdirs
+from sqlalchemy.exc import SQLAlchemyError
+
+from autobatch.cache.sources import hash_files
+from autobatch.errors import UnavailableError, UsageError
+from autobatch.evidence import SizeFailure
+from autobatch.facts import DeviceFacts
+from autobatch.known import KnownTrials, bears_on, still_holding, trial_to_repeat
+from autobatch.store import (
+    Database,
+    Measurement,
+    MeasurementStore,
+    NewMeasurement,
+    OomReport,
+    Origin,
+    StoreUnavailableError,
+    open_sqlite,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from autobatch.cache.identity import JobIdentity
+    from autobatch.cache.outlook import Outlook
+    from autobatch.options import ProbeOptions
+    from autobatch.report import Report
+    from autobatch.trial import Trial
+
+__all__ = ["CACHE_USES", "CacheUse", "MeasurementCache", "Unseen", "cache_path", "clear_all", "opened_cache"]
+
+CacheUse = Literal["confirm", "trust", "off"]
+"""`confirm`: one trial shows whether what is remembered holds. `trust`: it is taken as it stands. `off`: it is left alone."""
+CACHE_USES: tuple[str, ...] = get_args(CacheUse)
+
+# About 5 kB each.
+_MOST_MEASUREMENTS = 2000
+# Other processes' contexts grow by a few MiB as their kernels load; that is no new tenant.
+_TENANT_SLACK_BYTES = 64 << 20
+
+
+def cache_path() -> Path:
+    """The file that holds the cache: in the user's cache folder, or where `AUTOBATCH_CACHE` says."""
+    named = os.environ.get("AUTOBATCH_CACHE")
+    return Path(named).expanduser().absolute() if named else _usual_path()
+
+
+def _usual_path() -> Path:
+    return Path(platformdirs.user_cache_path("autobatch")) / "measurements.sqlite3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unseen:
+    """What answers a question without anything being started."""
+
+    known: KnownTrials
+    facts: DeviceFacts
+    """The device as trials would find it."""
+    report: Report
+    """The newest of those behind it."""
+
+
+@contextlib.contextmanager
+def opened_cache() -> Iterator[MeasurementCache]:
+    """The cache, for as long as the context lasts.
+
+    Raises:
+        UnavailableError: it cannot be made, read or written, from whatever reason.
+    """
+    try:
+        with MeasurementCache.open() as cache:
+            yield cache
+    except (StoreUnavailableError, SQLAlchemyError) as error:
+        raise UnavailableError(
+            f"{cache_path()} is locked, full or broken: `autobatch cache clear` removes it"
+        ) from error
+
+
+def clear_all() -> Path:
+    """Forget everything, also where the file is broken or of a newer version; the path of the cache.
+
+    Raises:
+        UsageError: the file cannot be removed.
+    """
+    path = cache_path()
+    for name in (path, Path(f"{path}-journal"), Path(f"{path}.lock")):
+        try:
+            name.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot remove {name}: {error.strerror}") from None
+    return path
+
+
+class MeasurementCache:
+    """The measurements of this user, in a file that several processes and machines may share.
+
+    A context manager; `opened_cache` puts what its methods raise into one error.
+    """
+
+    def __init__(self, database: Database) -> None:
+        """Take an open database."""
+        self._database = database
+        self._store = MeasurementStore(database)
+
+    @classmethod
+    def open(cls) -> Self:
+        """Open the cache, made where it is missing.
+
+        Raises:
+            UnavailableError: it cannot be made, or is no cache, or one of a newer version.
+        """
+        path = cache_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Homes are often on a network: no memory is shared between machines, as a write-ahead log would need.
+            return cls(open_sqlite(path, journal="DELETE", way_out="AUTOBATCH_CACHE names another file"))
+        except OSError as error:
+            raise UnavailableError(f"cannot make the cache {path}: {error.strerror}") from None
+        except UsageError as error:
+            raise UnavailableError(str(error)) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    # ---- for a question ---------------------------------------------------------------------------------------------
+
+    def recall(self, job: JobIdentity, options: ProbeOptions, facts: DeviceFacts) -> KnownTrials | None:
+        """What holds for a question on a device that is open; None where nothing does."""
+        series = job.series(facts, options)
+        measured, ooms = self._store.of_job(job.job)
+        rows = [row for row in measured if row.origin is not None and row.origin.series == series]
+        return _known(rows, ooms, options, lambda _: facts.memory.budget_bytes)
+
+    def guess(self, job: JobIdentity, options: ProbeOptions, outlook: Outlook | None) -> int | None:
+        """The size to begin with: of the newest measurement on such a card, whatever else has changed since."""
+        measured, ooms = self._store.of_job(job.job)
+        rows = [row for row in measured if outlook is None or row.report.device.name == outlook.name]
+        known = _known(rows[:1], ooms, options, lambda row: row.report.memory.budget_bytes)
+        repeated = None if known is None else trial_to_repeat(known.trials, options)
+        if repeated is not None:
+            return repeated.micro_batch_size
+        return next((row.report.max_micro_batch_size for row in rows), None)
+
+    def recall_unseen(self, job: JobIdentity, options: ProbeOptions, outlook: Outlook) -> Unseen | None:
+        """What holds for a question as far as can be told without starting the job.
+
+        None where a file of the job has changed, where the card, the versions or what others hold of it cannot be told to be
+        the same, or where the report behind it certified nothing.
+        """
+        measured, ooms = self._store.of_job(job.job)
+        seen: dict[str, DeviceFacts] = {}
+        for row in measured:
+            if not row.report.certified or _changed(row) or not _has_same_torch(job, row.report):
+                continue
+            facts = _facts_now(row.report, options, outlook)
+            if facts is not None and row.origin is not None and job.series(facts, options) == row.origin.series:
+                seen[row.id] = facts
+        rows = [row for row in measured if row.id in seen]
+        known = _known(rows, ooms, options, lambda row: seen[row.id].memory.budget_bytes)
+        return None if known is None else Unseen(known=known, facts=seen[rows[0].id], report=rows[0].report)
+
+    # ---- after a probe ----------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        job: JobIdentity,
+        report: Report,
+        facts: DeviceFacts,
+        files: Iterable[str],
+        *,
+        replaces: KnownTrials | None,
+    ) -> None:
+        """Keep what a probe measured; of what it showed to hold no longer, nothing stays.
+
+        Args:
+            job: the job that was probed.
+            report: what was found.
+            facts: the device that the trials ran on.
+            files: the files that the job was made of.
+            replaces: what was known before and did not hold; None where there was nothing, or it did.
+        """
+        series = job.series(facts, report.options)
+        if replaces is not None:
+            measured, _ = self._store.of_job(job.job)
+            self._store.forget([row.id for row in measured if row.origin and row.origin.series == series])
+        origin = Origin(job=job.job, series=series, sources=hash_files([*job.files, *files]))
+        new = NewMeasurement.of(report, workload=job.name, gpu=report.device.name, source="probe", origin=origin)
+        self._store.add(new, token_id=None)
+        self._store.keep_newest(_MOST_MEASUREMENTS)
+
+    def lower(self, report: Report) -> bool:
+        """Remember that training by a report's plan ran out of memory; False where the cache does not know the report."""
+        plan = report.plan
+        found = None if report.cached is None else self._store.get(report.cached.measurement)
+        found = found or self._store.of_fingerprint(report.fingerprint)
+        if plan is None or found is None:
+            return False
+        failure = SizeFailure(
+            micro_batch_size=plan.micro_batch_size, micro_batches_per_step=min(2, plan.accumulation_steps)
+        )
+        self._store.add_oom(
+            failure,
+            workload=found.workload,
+            gpu=found.gpu,
+            measurement_id=found.id,
+            after_plan=True,
+            token_id=None,
+        )
+        return True
+
+    # ---- for people -------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """The file."""
+        return self._database.path
+
+    def entries(self) -> list[Measurement]:
+        """Every measurement, the newest first."""
+        return self._store.list_newest(limit=_MOST_MEASUREMENTS)
+
+    def forget(self, ids: Sequence[str]) -> int:
+        """Forget measurements; how many of them there were."""
+        return self._store.forget(ids)
+
+
+def _known(
+    rows: Sequence[Measurement],
+    ooms: Sequence[OomReport],
+    options: ProbeOptions,
+    budget_now: Callable[[Measurement], int],
+) -> KnownTrials | None:
+    """Put together what rows of one series, the newest first, say for a question."""
+    if not rows:
+        return None
+    ids, notes, limit = {row.id for row in rows}, [], None
+    told = [oom for oom in ooms if oom.measurement_id in ids and bears_on(oom.failure, options)]
+    if told:
+        lowest = min(told, key=lambda oom: oom.failure.micro_batch_size)
+        limit = lowest.failure.micro_batch_size - 1
+        notes.append(
+            f"micro-batch {limit + 1} counts as too large: a training ran out of memory with it on "
+            f"{dt.datetime.fromtimestamp(lowest.created_at, tz=dt.UTC):%Y-%m-%d} (`autobatch cache clear` forgets that)"
+        )
+    by_window: dict[tuple[tuple[int, ...], bool], Trial] = {}
+    for row in rows:
+        report = row.report
+        held = still_holding(
+            report.trials,
+            options,
+            budget_then=report.memory.budget_bytes,
+            budget_now=budget_now(row),
+            limit=limit,
+        )
+        for trial in held:
+            by_window.setdefault((trial.window, trial.fits), trial)
+    if not by_window and limit is None:
+        return None
+    changed = sorted({Path(path).name for path in _changed(rows[0])})
+    if changed:
+        notes.append(f"changed since the earlier trials: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}")
+    return KnownTrials(
+        trials=tuple(by_window.values()),
+        limit=limit,
+        measured_at=rows[0].report.measured_at,
+        measurement=rows[0].id,
+        unchanged=not changed,
+        notes=tuple(notes),
+    )
+
+
+def _changed(row: Measurement) -> list[str]:
+    """Files of a measurement's job that are no longer as they were."""
+    sources = row.origin.sources if row.origin else {}
+    now = hash_files(sources)
+    return [path for path, digest in sources.items() if now.get(path) != digest]
+
+
+def _has_same_torch(job: JobIdentity, report: Report) -> bool:
+    """Whether the job would run on the torch of a report; of a command, whose environment is its own, that is taken as given."""
+    from autobatch.emulator.torchbuild import find_torch
+
+    torch = find_torch()
+    return not job.torch_is_ours or (torch is not None and torch.version == report.versions.torch)
+
+
+def _facts_now(report: Report, options: ProbeOptions, outlook: Outlook) -> DeviceFacts | None:
+    """The device as trials would find it now, by a report on such a one; None where its budget cannot be told."""
+    memory = report.memory
+    growth = outlook.tenants_bytes - (memory.other_tenants_bytes or 0)
+    if abs(growth) <= _TENANT_SLACK_BYTES and outlook.basis == "measured":
+        growth = 0
+    limit = options.memory_limit_bytes
+    if report.options.memory_limit_bytes != limit or (limit is not None and growth):
+        return None
+    headroom = options.headroom_bytes(outlook.total_bytes)
+    budget = memory.budget_bytes + memory.headroom_bytes - headroom - growth
+    if budget <= 0:
+        return None
+    device = dataclasses.replace(
+        report.device, name=outlook.name, total_bytes=outlook.total_bytes, driver=outlook.driver
+    )
+    return DeviceFacts(
+        basis=outlook.basis,
+        device=device,
+        memory=dataclasses.replace(
+            memory, budget_bytes=budget, headroom_bytes=headroom, other_tenants_bytes=outlook.tenants_bytes
+        ),
+        torch_version=report.versions.torch,
+        cuda_version=report.versions.cuda,
+        allocator_settings=outlook.allocator_settings,
+    )
