@@ -125,10 +125,12 @@ def _tenants_bytes(device: NvmlDevice, ordinal: int) -> int | None:
     import sys
 
     torch = sys.modules.get("torch")
-    own: int | None = 0
     if torch is not None and torch.cuda.is_initialized() and ordinal < torch.cuda.device_count():
         torch.cuda.mem_get_info(ordinal)  # makes this process's context, without which NVML does not list it
         own = device.process_bytes(os.getpid())
+    else:
+        # `torch.cuda.set_device` makes a context too, before torch counts CUDA as initialized.
+        own = device.process_bytes(os.getpid()) or 0
     return None if own is None else device.other_tenants_bytes(own)
 
 

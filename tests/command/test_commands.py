@@ -78,12 +78,14 @@ def test_two_optimizers_and_variables() -> None:
 def test_two_ranks_under_torchrun() -> None:
     """A trial ends when each rank has reported, from a card of its own; the launcher and its workers are gone."""
     before = set(psutil.Process().children(recursive=True))
-    report = probe(
-        "two_ranks.py", *SIZES, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"), world_size=2
-    )
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    report = probe("two_ranks.py", *SIZES, "--backend", "nccl", launcher=launcher, world_size=2)
     assert report.plan is not None
     assert report.plan.micro_batch_size == 32
     assert report.certified
+    # The script chose its card before anything else, which makes a context: its own, nobody else's.
+    assert report.memory.other_tenants_bytes == 0
+    assert report.memory.context_bytes
     assert set(psutil.Process().children(recursive=True)) <= before
 
 

@@ -1,4 +1,4 @@
-"""A loop for torchrun: each rank on a card of its own, gradients averaged by DistributedDataParallel over gloo."""
+"""A loop for torchrun: each rank on a card of its own, gradients averaged by DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch-size", type=int, required=True)
 parser.add_argument("--accumulate", type=int, required=True)
+parser.add_argument("--backend", default="gloo")
 options = parser.parse_args()
 
 rank = int(os.environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
-dist.init_process_group("gloo")
+dist.init_process_group(options.backend)
 model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024)).cuda()
 wrapped = DistributedDataParallel(model, device_ids=[rank])
 optimizer = torch.optim.AdamW(wrapped.parameters())
