@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
 
-__all__ = ["Bound", "Evidence", "SizeFailure", "StoredAnswer", "Verdict", "micro_batches_needed", "missing_bytes"]
+__all__ = ["Bound", "Evidence", "SizeFailure", "StoredAnswer", "Verdict", "micro_batches_needed"]
 
 Verdict = Literal["fits", "does_not_fit", "unknown"]
 
@@ -66,7 +66,8 @@ class StoredAnswer:
     reason: str
     """One sentence that says why."""
     missing_bytes: int | None = None
-    """For `does_not_fit`: by how many bytes at least the smallest size is too large; None where no trial says."""
+    """For `does_not_fit`: by about how many bytes the smallest size is too large, from the most that tensors held and what the
+    error asked for; None where no trial says."""
 
 
 class Evidence:
@@ -183,7 +184,7 @@ class Evidence:
 
     def _does_not_fit(self, bound: Bound, smallest: int) -> StoredAnswer:
         lacking = [
-            missing_bytes(trial, self._budget_bytes)
+            _missing_bytes(trial, self._budget_bytes)
             for trial in self._failing_trials(bound.micro_batches_per_step)
             if trial.micro_batch_size <= smallest
         ]
@@ -202,8 +203,8 @@ def micro_batches_needed(trial: Trial) -> int:
     return 1 if in_first and trial.window[0] == trial.micro_batch_size else trial.micro_batches_per_step
 
 
-def missing_bytes(trial: Trial, budget_bytes: int) -> int | None:
-    """What a trial that did not fit lacked at least; None where fragments, or what it did not say, hide it.
+def _missing_bytes(trial: Trial, budget_bytes: int) -> int | None:
+    """About what a trial that did not fit lacked; None where fragments, or what it did not say, hide it.
 
     What the allocator held beside tensors counts for nothing: it may have been of use.
     """

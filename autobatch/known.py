@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autobatch.errors import PlanError
-from autobatch.evidence import micro_batches_needed, missing_bytes
+from autobatch.evidence import micro_batches_needed
 from autobatch.search import find_bracket
 
 if TYPE_CHECKING:
@@ -32,11 +32,15 @@ class KnownTrials:
     measured_at: str
     """When the newest of them ran: ISO 8601 in UTC."""
     measurement: str
-    """The id under which they are kept."""
+    """The id under which the newest is kept."""
+    measurements: tuple[str, ...] = ()
+    """The ids of all that they come from."""
     limit: int | None = None
     """The largest size that may be answered, since a training ran out of memory with the next one; None where none did."""
     unchanged: bool = True
     """Whether the files that the job is made of are as they were."""
+    certified: bool = True
+    """Whether all that they come from was certified."""
     notes: tuple[str, ...] = ()
     """What the reader of an answer should know of them, one line each."""
 
@@ -47,7 +51,8 @@ def still_holding(
     """Choose the trials that say something for a question, under a budget that may be another.
 
     A trial whose footprint stayed within a budget runs the same under it: it never meets the cap. One that did not fit fails
-    under a smaller budget too, and under a larger one where it is known to have needed more. Accumulation only adds memory:
+    under a smaller budget too, and under a larger one where its footprint was above that. (What an out-of-memory error asked
+    for, and the peak before it, say nothing of a larger budget: they were not there at once.) Accumulation only adds memory:
     what fitted with it fits without, what failed without it fails with it, and nothing is concluded the other way round.
 
     Args:
@@ -60,7 +65,8 @@ def still_holding(
     Returns:
         Those that hold, in their order.
     """
-    ceiling = options.ceiling if limit is None else min(limit, options.ceiling)
+    largest = options.candidates()[-1]
+    ceiling = largest if limit is None else min(limit, largest)
     kept = []
     for trial in trials:
         if trial.micro_batch_size > ceiling or (trial.fits and trial.micro_batch_size < options.multiple_of):
@@ -69,7 +75,7 @@ def still_holding(
         if trial.fits:
             holds = trial.footprint_bytes <= budget_now and trial.micro_batches_per_step >= needed
         else:
-            fails_still = budget_now <= budget_then or missing_bytes(trial, budget_now) is not None
+            fails_still = budget_now <= budget_then or trial.footprint_bytes > budget_now
             holds = fails_still and micro_batches_needed(trial) <= needed
         if holds:
             kept.append(trial)

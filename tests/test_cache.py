@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -56,7 +57,7 @@ def keep(
     report: Report, *, job: JobIdentity = JOB, files: Iterable[Path] = (), facts: DeviceFacts | None = None
 ) -> None:
     with opened_cache() as cache:
-        cache.keep(job, report, facts or facts_of(report), [str(path) for path in files], replaces=None)
+        cache.keep(job, report, facts or facts_of(report), [str(path) for path in files])
 
 
 def recall(
@@ -406,7 +407,7 @@ def test_what_cannot_be_hashed_is_left_out(tmp_path: Path) -> None:
     """A folder, a file that is gone, one of many megabytes."""
     (tmp_path / "a.py").write_text("x")
     with (tmp_path / "weights.pt").open("wb") as file:
-        file.truncate(5 << 20)
+        file.truncate(17 << 20)
     assert list(hash_files([tmp_path, tmp_path / "gone", tmp_path / "weights.pt", tmp_path / "a.py"])) == [
         str(tmp_path / "a.py")
     ]
@@ -426,15 +427,26 @@ def asked_with(**options: Any) -> list[str]:
 
 
 def test_a_file_that_is_no_cache_is_left_as_it_is_and_said_once() -> None:
-    """The probe goes on; clearing removes the file."""
+    """The probe goes on; clearing does not remove what a mistyped variable names."""
     cache_path().parent.mkdir(parents=True)
     cache_path().write_text("these are my notes\n" * 100)
     (said,) = asked_with()
     assert said.startswith("the cache is not used: ")
     assert str(cache_path()) in said
+    with pytest.raises(UsageError, match="is no cache of autobatch, and AUTOBATCH_CACHE names it: it is left as it is"):
+        clear_all()
     assert cache_path().read_text().startswith("these are my notes")
-    clear_all()
-    assert asked_with() == []
+    cache_path().unlink()
+    with sqlite3.connect(cache_path()) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    connection.close()
+    (said,) = asked_with()
+    assert "is no cache of autobatch" in said
+    with pytest.raises(UsageError, match="left as it is"):
+        clear_all()
+    with sqlite3.connect(cache_path()) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]
+    connection.close()
 
 
 def test_a_cache_of_a_newer_version_is_left_alone() -> None:
@@ -517,3 +529,151 @@ def test_the_cache_closes_what_it_opens() -> None:
     recall(make_report())
     held = {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
     assert not [name for name in held if "measurements.sqlite3" in name]
+
+
+# ---- found by those who tried to break it ----------------------------------------------------------------------------------
+
+
+def test_trials_of_different_files_are_never_put_together(tmp_path: Path) -> None:
+    """An edited job has a series of its own: that of the files as they are, or the newest where they are new again."""
+    script = tmp_path / "train.py"
+    before, after = make_report(largest=37), make_report(largest=20)
+    for source, report in (("a = 1", before), ("a = 2", after)):
+        script.write_text(source)
+        keep(report, files=[script])
+    for source, expected, unchanged in (
+        ("a = 1", {37, 38}, True),
+        ("a = 2", {20, 21}, True),
+        ("a = 3", {20, 21}, False),
+    ):
+        script.write_text(source)
+        known = recall(before)
+        assert known is not None
+        assert {trial.micro_batch_size for trial in known.trials} == expected
+        assert known.unchanged is unchanged
+
+
+def test_files_that_a_trial_showed_to_change_nothing_are_taken_on(tmp_path: Path) -> None:
+    """After a comment and a confirmation the cache is as it was: it can be trusted again, and says nothing more of it."""
+    from autobatch.report import Cached
+
+    script = tmp_path / "train.py"
+    script.write_text("a = 1")
+    report = make_report()
+    keep(report, files=[script])
+    script.write_text("a = 1  # one")
+    consultation = Consultation(JOB, report.options, "confirm", None)
+    known = consultation.recall(facts_of(report))
+    assert known is not None
+    assert not known.unchanged
+    cached = Cached(measured_at=known.measured_at, measurement=known.measurement, num_trials=1, confirmed=True)
+    told = dataclasses.replace(report, cached=cached, warnings=(*known.notes, "another"))
+    consultation.keep(told, facts_of(report), lambda: [str(script)])
+    again = recall(report)
+    assert again is not None
+    assert (again.unchanged, again.notes) == (True, ())
+    with opened_cache() as cache:
+        assert len(cache.entries()) == 1
+
+
+def test_what_was_said_of_changed_files_is_not_kept(tmp_path: Path) -> None:
+    """A new measurement is one of the files as they are."""
+    script = tmp_path / "train.py"
+    script.write_text("a = 1")
+    report = make_report()
+    keep(report, files=[script])
+    script.write_text("a = 2")
+    consultation = Consultation(JOB, report.options, "confirm", None)
+    known = consultation.recall(facts_of(report))
+    assert known is not None
+    consultation.keep(dataclasses.replace(report, warnings=(*known.notes, "another")), facts_of(report), list)
+    with opened_cache() as cache:
+        assert cache.entries()[0].report.warnings == ("another",)
+
+
+def test_what_was_not_certified_is_confirmed_even_where_it_is_to_be_trusted() -> None:
+    """Such as a job whose shapes come from values: only a trial says that again."""
+    report = dataclasses.replace(make_report(), certified=False)
+    keep(report)
+    consultation = Consultation(JOB, report.options, "trust", None)
+    assert consultation.recall(facts_of(report)) is not None
+    assert consultation.confirms
+
+
+def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
+    """Releases are often switched by one."""
+    for version in ("v1", "v2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "job.py").write_text(f"version = {version!r}")
+    (tmp_path / "current").symlink_to("v1")
+    report = make_report()
+    keep(report, files=[tmp_path / "current" / "job.py"])
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("v2")
+    known = recall(report)
+    assert known is not None
+    assert not known.unchanged
+
+
+def test_a_failure_is_charged_to_the_job_that_failed() -> None:
+    """Two folders with the same command have reports with the same fingerprint."""
+    mine, other = JOB, dataclasses.replace(JOB, job="fedcba9876543210")
+    report = dataclasses.replace(make_report(largest=32), measured_at="2026-11-20T10:00:00Z")
+    later = dataclasses.replace(report, measured_at="2026-11-20T11:00:00Z")
+    keep(report, job=mine)
+    keep(later, job=other)
+    assert remember_out_of_memory(report)
+    lowered, untouched = recall(report, job=mine), recall(report, job=other)
+    assert lowered is not None
+    assert untouched is not None
+    assert (lowered.limit, untouched.limit) == (31, None)
+
+
+def test_a_limit_that_leaves_nothing_is_lifted_by_a_change(tmp_path: Path) -> None:
+    """A script that was mended is not refused for ever."""
+    script = tmp_path / "train.py"
+    script.write_text("a = 1")
+    report = make_report(largest=32)
+    keep(report, files=[script])
+    assert remember_out_of_memory(report)
+    assert (recall(report, multiple_of=32) or pytest.fail("nothing known")).limit == 31
+    script.write_text("a = 2")
+    known = recall(report, multiple_of=32)
+    assert known is not None
+    assert known.limit is None
+    assert (recall(report) or pytest.fail("nothing known")).limit == 31
+
+
+def test_a_measurement_that_cannot_be_read_is_passed_over() -> None:
+    """The others count; a list of them works."""
+    keep(make_report(largest=20))
+    keep(make_report(largest=30))
+    with sqlite3.connect(cache_path()) as connection:
+        connection.execute("UPDATE measurement SET report_json = '{}' WHERE id = (SELECT max(id) FROM measurement)")
+    connection.close()
+    known = recall(make_report(largest=20))
+    assert known is not None
+    assert {trial.micro_batch_size for trial in known.trials} == {20, 21}
+    with opened_cache() as cache:
+        assert len(cache.entries()) == 1
+
+
+def test_whatever_is_wrong_with_it_the_probe_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that no database takes; a home that there is not."""
+    told: list[ProbeEvent] = []
+    report = make_report()
+    consultation = Consultation(dataclasses.replace(JOB, name="j\udce9"), report.options, "confirm", told.append)
+    consultation.keep(report, facts_of(report), list)
+    assert [event.text.partition(": ")[0] for event in told if isinstance(event, Noted)] == ["the cache is not used"]
+    monkeypatch.setenv("AUTOBATCH_CACHE", "~nosuchuser/c")
+    assert cache_path() == Path.cwd() / "~nosuchuser" / "c"
+
+
+def test_whoever_makes_the_tables_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped while it did."""
+    monkeypatch.setattr("autobatch.store.database._LONGEST_UPGRADE_SECONDS", 0.2)
+    cache_path().parent.mkdir(parents=True)
+    with Path(f"{cache_path()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (said,) = asked_with()
+    assert "is held by another process that makes the tables" in said

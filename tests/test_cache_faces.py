@@ -15,9 +15,10 @@ from command_probes import SIZES, environment
 from service_fakes import make_report
 
 import autobatch
-from autobatch.cache.identity import workload_identity
+from autobatch.cache.identity import JobIdentity
 from autobatch.cache.remembered import cache_path, opened_cache
 from autobatch.cli import main
+from autobatch.command.training import WatchedTraining
 from autobatch.emulator.launch import open_machine
 from autobatch.facts import DeviceFacts
 from autobatch.probing import Noted
@@ -162,27 +163,52 @@ def test_without_the_cache_a_training_is_started_as_by_hand(
     )
 
 
-def test_a_script_that_is_run_is_told_nothing_and_left_nothing(tmp_path: Path) -> None:
-    """The hook of a training says nothing, whatever becomes of whom it would tell; its error stays its own."""
-    from autobatch.command.training import WatchedTraining
+ENDINGS = {
+    "raise torch.OutOfMemoryError('CUDA out of memory')": True,
+    "raise RuntimeError('step failed') from torch.OutOfMemoryError('CUDA out of memory')": True,
+    "raise ExceptionGroup('ranks', [ValueError('x'), torch.OutOfMemoryError('CUDA out of memory')])": True,
+    "raise MemoryError('x')": False,
+    "raise RuntimeError('cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a "
+    "non-contiguous input.')": False,
+    "\ntry:\n    raise torch.OutOfMemoryError('CUDA out of memory')\nexcept RuntimeError:\n    raise TypeError('handler')": False,
+    "\ntry:\n    raise torch.OutOfMemoryError('CUDA out of memory')\nexcept RuntimeError:\n    pass": False,
+}
+# Stands in for torch, whose import takes seconds: only the error's type is told from others.
+STAND_IN = "class torch:\n    class OutOfMemoryError(RuntimeError): pass\n"
 
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_training_is_judged_by_the_error_that_ended_it(ending: str, tmp_path: Path) -> None:
+    """What it caught, and what is about something else, says nothing of its size."""
     with WatchedTraining(tmp_path) as training:
-        variables = training.environment({**environment(), "PYTHONPATH": str(ROOT)})
-        other = "import torch; raise MemoryError('x')"
-        run = subprocess.run(
-            [sys.executable, "-c", other], env=variables, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert run.returncode == 1
-        assert "autobatch" not in run.stderr
-        assert not training.ran_out_of_memory()
-        raised = "import torch; raise RuntimeError('step failed') from torch.OutOfMemoryError('CUDA out of memory')"
-        subprocess.run([sys.executable, "-c", raised], env=variables, capture_output=True, timeout=60, check=False)
-        assert training.ran_out_of_memory()
-    run = subprocess.run(
-        [sys.executable, "-c", raised], env=variables, capture_output=True, text=True, timeout=60, check=False
+        run = end_by(STAND_IN + ending, training.environment(environment()))
+        assert run.returncode == ("raise" in ending and "pass" not in ending[-5:])
+        assert training.ran_out_of_memory() is ENDINGS[ending]
+
+
+def test_a_training_with_the_hook_is_the_one_without(tmp_path: Path) -> None:
+    """Nothing of ours is imported or printed, it waits for nobody, and outlives whoever started it."""
+    (tmp_path / "autobatch.py").write_text("import sys; sys.exit(7)  # a user's own module of that name")
+    code = (
+        STAND_IN
+        + "import sys; print(*[name for name in sys.modules if name.startswith('autobatch')])\n"
+        + next(iter(ENDINGS))
     )
+    with WatchedTraining(tmp_path) as training:
+        variables = training.environment({**environment(), "PYTHONPATH": str(tmp_path)})
+        for _ in range(14):  # more than a socket holds: net.unix.max_dgram_qlen is 10
+            run = end_by(code, variables)
+            assert (run.returncode, run.stdout) == (1, "\n")
+            assert "autobatch" not in run.stderr
+    run = end_by(code, variables)
     assert run.returncode == 1
-    assert run.stderr.endswith("RuntimeError: step failed\n")
+    assert run.stderr.endswith("OutOfMemoryError: CUDA out of memory\n")
+
+
+def end_by(code: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 # ---- autobatch cache ----------------------------------------------------------------------------------------------------
@@ -196,7 +222,7 @@ def fill(*workloads: str) -> None:
                 basis=report.basis, device=report.device, memory=report.memory,
                 torch_version="2", cuda_version="13", allocator_settings="",
             )  # fmt: skip
-            cache.keep(workload_identity(workload), report, facts, [], replaces=None)
+            cache.keep(JobIdentity(name=workload, job=workload[:64]), report, facts, [])
 
 
 def test_what_is_remembered_is_listed_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +259,7 @@ def test_what_is_remembered_is_listed_and_forgotten(capsys: pytest.CaptureFixtur
             2,
             "--older-than 'soon' is no age: write a number and m, h, d or w",
         ),
+        (["cache", "clear", "--job", ""], 2, "--job '' names no job: leave it out to forget them all"),
         (["cache", "ls", "--", "x"], 2, "autobatch cache takes no command after --"),
         (["probe", "--target", "8", "--cache", "maybe"], 2, "invalid choice: 'maybe'"),
     ],
@@ -250,16 +277,30 @@ def test_what_is_asked_wrongly_is_said_in_one_line(
     assert named in said
 
 
-def test_a_broken_cache_is_named_and_cleared(capsys: pytest.CaptureFixture[str]) -> None:
-    """Listing says what is wrong; clearing works all the same."""
+def test_a_broken_cache_is_named_and_cleared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Listing says what is wrong; clearing removes it from where it usually stands."""
+    monkeypatch.delenv("AUTOBATCH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache_path().parent.mkdir(parents=True)
     cache_path().write_bytes(b"\0" * 4096)
     assert main(["cache", "ls"]) == 69
     said = capsys.readouterr().err
-    assert str(cache_path()) in said
+    assert f"{cache_path()} is no cache of autobatch, or broken: `autobatch cache clear` removes it" in said
     assert said.count("\n") == 1
     assert main(["cache", "clear"]) == 0
     assert main(["cache", "ls"]) == 0
+
+
+def test_a_hostile_name_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup, colours, newlines and endless names are shown as text, or cut."""
+    fill("gpt2?x=[red]a\n\x1b[31mb" + "c" * 3000)
+    assert main(["cache", "ls"]) == 0
+    shown = capsys.readouterr().out
+    assert "[red]a" in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 1500
 
 
 # ---- the library call ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, TypeVar
 
 from autobatch.cache.outlook import look_at_device
-from autobatch.errors import UnavailableError, UsageError
+from autobatch.errors import AutobatchError, UsageError
 from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.probing import Noted, conduct_probe
 
@@ -96,18 +97,31 @@ class Consultation:
     @property
     def confirms(self) -> bool:
         """Whether a trial has to show that what was recalled still holds."""
-        return self._use != "trust" or self._known is None or not self._known.unchanged
+        known = self._known
+        return self._use != "trust" or known is None or not (known.unchanged and known.certified)
 
     # ---- after ------------------------------------------------------------------------------------------------------
 
     def keep(self, report: Report, facts: DeviceFacts, files: Callable[[], Iterable[str]]) -> None:
         """Keep what was measured, unless it says nothing new."""
-        cached = report.cached
+        self._ask(lambda cache: self._keep(cache, report, facts, list(files())))
+
+    def _keep(self, cache: MeasurementCache, report: Report, facts: DeviceFacts, files: list[str]) -> None:
+        cached, known = report.cached, self._known
+        if cached is not None and cached.confirmed and known is not None and not known.unchanged:
+            cache.confirm(self._job, known, files)
         if cached is not None and len(report.trials) <= cached.num_trials + cached.confirmed:
             return
         # Trials that were recalled and are not in the report: the one that ran again showed that they do not hold.
-        replaces = self._known if self._known is not None and self._known.trials and cached is None else None
-        self._ask(lambda cache: cache.keep(self._job, report, facts, files(), replaces=replaces))
+        contradicted = known is not None and bool(known.trials) and cached is None
+        notes = known.notes if known is not None else ()
+        cache.keep(
+            self._job,
+            dataclasses.replace(report, warnings=tuple(one for one in report.warnings if one not in notes)),
+            facts,
+            files,
+            replaces=known.measurements if known is not None and contradicted else (),
+        )
 
     def _recall_unseen(self, cache: MeasurementCache, environment: Mapping[str, str]) -> Unseen | None:
         outlook = look_at_device(self._options, environment)
@@ -122,9 +136,10 @@ class Consultation:
         try:
             with opened_cache() as cache:
                 return action(cache)
-        except UnavailableError as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with what is kept, a probe needs none of it
             self._usable = False
-            self._progress(Noted(text=f"the cache is not used: {error}"))
+            words = str(error).splitlines()[:1] if isinstance(error, AutobatchError) else [repr(error)]
+            self._progress(Noted(text=f"the cache is not used: {''.join(words)}"))
             return None
 
 

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import datetime as dt
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, get_args
+from urllib.parse import quote
 
 import platformdirs
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +21,7 @@ from autobatch.evidence import SizeFailure
 from autobatch.facts import DeviceFacts
 from autobatch.known import KnownTrials, bears_on, still_holding, trial_to_repeat
 from autobatch.store import (
+    STORE_SCHEMA,
     Database,
     Measurement,
     MeasurementStore,
@@ -54,7 +57,7 @@ _TENANT_SLACK_BYTES = 64 << 20
 def cache_path() -> Path:
     """The file that holds the cache: in the user's cache folder, or where `AUTOBATCH_CACHE` says."""
     named = os.environ.get("AUTOBATCH_CACHE")
-    return Path(named).expanduser().absolute() if named else _usual_path()
+    return Path(os.path.expanduser(named)).absolute() if named else _usual_path()  # noqa: PTH111 - Path's raises
 
 
 def _usual_path() -> Path:
@@ -89,18 +92,42 @@ def opened_cache() -> Iterator[MeasurementCache]:
 
 
 def clear_all() -> Path:
-    """Forget everything, also where the file is broken or of a newer version; the path of the cache.
+    """Forget everything, also what a newer version made; the path of the cache.
 
     Raises:
-        UsageError: the file cannot be removed.
+        UsageError: the file cannot be removed, or `AUTOBATCH_CACHE` names something else.
     """
     path = cache_path()
+    if path != _usual_path() and not _is_ours(path):
+        raise UsageError(f"{path} is no cache of autobatch, and AUTOBATCH_CACHE names it: it is left as it is")
     for name in (path, Path(f"{path}-journal"), Path(f"{path}.lock")):
         try:
             name.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"cannot remove {name}: {error.strerror}") from None
     return path
+
+
+def _check_is_ours(path: Path) -> None:
+    if not _is_ours(path):
+        way_out = (
+            "`autobatch cache clear` removes it" if path == _usual_path() else "AUTOBATCH_CACHE names another file"
+        )
+        raise UsageError(f"{path} is no cache of autobatch, or broken: {way_out}")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a cache, or nothing yet."""
+    try:
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            return True
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=0)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.OperationalError:
+        return True  # locked, or another's for the moment: whoever opens it says so
+    except (OSError, sqlite3.DatabaseError):
+        return False
+    return not tables or STORE_SCHEMA.version_table in tables
 
 
 class MeasurementCache:
@@ -124,6 +151,7 @@ class MeasurementCache:
         path = cache_path()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _check_is_ours(path)
             # Homes are often on a network: no memory is shared between machines, as a write-ahead log would need.
             return cls(open_sqlite(path, journal="DELETE", way_out="AUTOBATCH_CACHE names another file"))
         except OSError as error:
@@ -185,7 +213,7 @@ class MeasurementCache:
         facts: DeviceFacts,
         files: Iterable[str],
         *,
-        replaces: KnownTrials | None,
+        replaces: Sequence[str] = (),
     ) -> None:
         """Keep what a probe measured; of what it showed to hold no longer, nothing stays.
 
@@ -194,22 +222,23 @@ class MeasurementCache:
             report: what was found.
             facts: the device that the trials ran on.
             files: the files that the job was made of.
-            replaces: what was known before and did not hold; None where there was nothing, or it did.
+            replaces: ids of measurements that were shown not to hold any more: nothing of them stays.
         """
-        series = job.series(facts, report.options)
-        if replaces is not None:
-            measured, _ = self._store.of_job(job.job)
-            self._store.forget([row.id for row in measured if row.origin and row.origin.series == series])
-        origin = Origin(job=job.job, series=series, sources=hash_files([*job.files, *files]))
+        self._store.forget(replaces)
+        origin = Origin(job=job.job, series=job.series(facts, report.options), sources=hash_files([*job.files, *files]))
         new = NewMeasurement.of(report, workload=job.name, gpu=report.device.name, source="probe", origin=origin)
         self._store.add(new, token_id=None)
         self._store.keep_newest(_MOST_MEASUREMENTS)
+
+    def confirm(self, job: JobIdentity, known: KnownTrials, files: Iterable[str]) -> None:
+        """A trial showed that measurements hold for the files as they are now, though some had changed."""
+        self._store.restamp(known.measurements, hash_files([*job.files, *files]))
 
     def lower(self, report: Report) -> bool:
         """Remember that training by a report's plan ran out of memory; False where the cache does not know the report."""
         plan = report.plan
         found = None if report.cached is None else self._store.get(report.cached.measurement)
-        found = found or self._store.of_fingerprint(report.fingerprint)
+        found = found or self._find(report)
         if plan is None or found is None:
             return False
         failure = SizeFailure(
@@ -224,6 +253,18 @@ class MeasurementCache:
             token_id=None,
         )
         return True
+
+    def _find(self, report: Report) -> Measurement | None:
+        """The measurement of a report: the same trials at the same time, since the job's folder is not in a report."""
+        alike = self._store.of_fingerprint(report.fingerprint)
+        return next(
+            (
+                row
+                for row in alike
+                if row.report.trials == report.trials and row.report.measured_at == report.measured_at
+            ),
+            None,
+        )
 
     # ---- for people -------------------------------------------------------------------------------------------------
 
@@ -250,10 +291,13 @@ def _known(
     """Put together what rows of one series, the newest first, say for a question."""
     if not rows:
         return None
+    rows = _of_one_state(rows)
+    changed = sorted({Path(path).name for path in _changed(rows[0])})
     ids, notes, limit = {row.id for row in rows}, [], None
     told = [oom for oom in ooms if oom.measurement_id in ids and bears_on(oom.failure, options)]
-    if told:
-        lowest = min(told, key=lambda oom: oom.failure.micro_batch_size)
+    lowest = min(told, key=lambda oom: oom.failure.micro_batch_size, default=None)
+    # Where nothing is left to try, a job that has changed since has perhaps been mended.
+    if lowest is not None and (not changed or lowest.failure.micro_batch_size > options.multiple_of):
         limit = lowest.failure.micro_batch_size - 1
         notes.append(
             f"micro-batch {limit + 1} counts as too large: a training ran out of memory with it on "
@@ -273,7 +317,6 @@ def _known(
             by_window.setdefault((trial.window, trial.fits), trial)
     if not by_window and limit is None:
         return None
-    changed = sorted({Path(path).name for path in _changed(rows[0])})
     if changed:
         notes.append(f"changed since the earlier trials: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}")
     return KnownTrials(
@@ -281,9 +324,20 @@ def _known(
         limit=limit,
         measured_at=rows[0].report.measured_at,
         measurement=rows[0].id,
+        measurements=tuple(row.id for row in rows),
         unchanged=not changed,
+        certified=all(row.report.certified for row in rows),
         notes=tuple(notes),
     )
+
+
+def _of_one_state(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Those whose job was made of the same files: of files as they are now, where there are such, else of the newest's."""
+    unchanged = [row for row in rows if not _changed(row)]
+    if unchanged:
+        return unchanged
+    newest = rows[0].origin
+    return [row for row in rows if newest and row.origin and row.origin.sources == newest.sources]
 
 
 def _changed(row: Measurement) -> list[str]:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["hash_files", "loaded_files"]
 
-_LARGEST_BYTES = 4 << 20
+_LARGEST_BYTES = 16 << 20
 _MOST_FILES = 400
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _INSTALLED = ("site-packages", "dist-packages")
 
 
 def loaded_files() -> list[str]:
-    """The Python files of the user's own that this process has imported, its script among them.
+    """The modules of the user's own that this process has imported, its script among them.
 
     What was installed is left out (a new version of torch is known by other means), and so is the standard library.
     """
@@ -31,10 +31,12 @@ def loaded_files() -> list[str]:
     found = set()
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
-        if not isinstance(path, str) or not path.endswith(".py"):
+        if not isinstance(path, str) or not path.endswith((".py", ".so")):
             continue
-        absolute = os.path.realpath(path)
-        if absolute.startswith(left_out) or any(part in Path(absolute).parts for part in _INSTALLED):
+        # Not resolved: a link that points elsewhere the next time is a change.
+        absolute = os.path.abspath(path)  # noqa: PTH100 - Path.absolute leaves `..` in
+        resolved = os.path.realpath(path)
+        if resolved.startswith(left_out) or any(part in _INSTALLED for part in Path(resolved).parts):
             continue
         found.add(absolute)
     return sorted(found)[:_MOST_FILES]
@@ -49,9 +51,9 @@ def _installed_folders() -> set[str]:
 
 
 def hash_files(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Hash the content of files; those that are gone, or larger than 4 MiB, are left out."""
+    """Hash the content of files; those that are gone, or larger than 16 MiB, are left out."""
     hashes = {}
-    for path in sorted({os.path.realpath(path) for path in paths})[:_MOST_FILES]:
+    for path in sorted({os.path.abspath(path) for path in paths})[:_MOST_FILES]:  # noqa: PTH100
         digest = _hash(path)
         if digest:
             hashes[path] = digest

@@ -77,6 +77,8 @@ def run_clear(parsed: argparse.Namespace) -> int:
     from autobatch.cache.remembered import clear_all, opened_cache
 
     _refuse_command(parsed)
+    if parsed.job is not None and not parsed.job:
+        raise UsageError("--job '' names no job: leave it out to forget them all")
     older_than = None if parsed.older_than is None else _read_age(parsed.older_than)
     if not (parsed.id or parsed.job or older_than is not None):
         say(f"the cache {clear_all()} is empty now")

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["HOOK_FOLDER", "PACKAGE_ROOT", "CommandRun", "Ended", "Message", "TimedOut", "temporary_folder"]
+__all__ = ["HOOK_FOLDER", "CommandRun", "Ended", "Message", "TimedOut", "temporary_folder"]
 
 _WARDEN = str(Path(__file__).with_name("warden.py"))
 HOOK_FOLDER = str(Path(__file__).with_name("hook"))
 """What stands on PYTHONPATH so that Python runs the hook."""
-PACKAGE_ROOT = str(Path(__file__).parents[2])
-"""The folder of this very copy of the package."""
+_PACKAGE_ROOT = str(Path(__file__).parents[2])
 _LAST_WORDS_SECONDS = 2.0
 _TAIL_LINES = 40
 _LARGEST_MESSAGE = 1 << 20
@@ -100,7 +99,7 @@ class CommandRun:
         self._arguments = list(arguments)
         self._folder = folder
         channel = folder / "channel"
-        hook = {**setup, "channel": str(channel), "package_root": PACKAGE_ROOT}
+        hook = {**setup, "channel": str(channel), "package_root": _PACKAGE_ROOT}
         paths = [HOOK_FOLDER, *filter(None, [environment.get("PYTHONPATH")])]
         self._environment = {
             **environment,

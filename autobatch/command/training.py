@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
 import socket
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from autobatch.command.launching import HOOK_FOLDER, PACKAGE_ROOT
+from autobatch.command.launching import HOOK_FOLDER
+from autobatch.gpu.oom import FailureKind, classify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,14 +50,45 @@ class WatchedTraining:
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         """The variables with which the hook is loaded, beside those given."""
-        setup = {"training": True, "channel": str(self._path), "package_root": PACKAGE_ROOT}
+        setup = {"training": True, "channel": str(self._path)}
         paths = [HOOK_FOLDER, *filter(None, [variables.get("PYTHONPATH")])]
         return {**variables, "AUTOBATCH_HOOK": json.dumps(setup), "PYTHONPATH": os.pathsep.join(paths)}
 
     def ran_out_of_memory(self) -> bool:
-        """Whether a process of it has said so by now."""
+        """Whether a process of it has ended so by now."""
         with contextlib.suppress(BlockingIOError):
             while True:
-                if json.loads(self._channel.recv(65536)).get("kind") == "out_of_memory":
+                message = json.loads(self._channel.recv(1 << 20))
+                if message.get("kind") == "ended_by" and _is_out_of_memory(_rebuilt(message["error"])):
                     return True
         return False
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says so by itself: nothing is known of the device any more."""
+    if error is None:
+        return False
+    return classify(error, device_nearly_full=False, smaller_size_ran=False).kind is FailureKind.MEMORY
+
+
+def _rebuilt(described: Mapping[str, Any] | None) -> BaseException | None:
+    """An error that another process told of, with all that it carried, as one of types of the same names."""
+    if described is None:
+        return None
+    kind: type[BaseException] = Exception
+    for name in reversed(described["types"]):
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, ExceptionGroup):
+            kind = known
+        elif not isinstance(known, type):
+            kind = type(name, (kind,), {"__init__": Exception.__init__, "__str__": _text_of})
+    error = kind.__new__(kind)
+    error.args = (described["text"], *map(_rebuilt, described["members"]))
+    error.__cause__ = _rebuilt(described["cause"])
+    error.__context__ = _rebuilt(described["context"])
+    error.__suppress_context__ = described["context"] is None
+    return error
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error.args[0])

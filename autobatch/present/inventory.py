@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cards_view", "findings_view", "measurements_view"]
 
+_LONGEST_NAME = 300
+
 
 def cards_view(presence: Presence, cards: Sequence[Card]) -> RenderableType:
     """Show the cards that are here, and those that can be emulated."""
@@ -49,8 +51,14 @@ def measurements_view(entries: Sequence[Measurement]) -> RenderableType:
         largest = "–" if report.max_micro_batch_size is None else str(report.max_micro_batch_size)
         gpu = entry.gpu.removeprefix("NVIDIA ") + (", emulated" if report.basis == "emulated" else "")
         age = describe_age(report.measured_at)
-        table.add_row(entry.id, age, gpu, largest, str(len(report.trials)), escape(entry.workload))
+        table.add_row(entry.id, age, gpu, largest, str(len(report.trials)), escape(_one_line(entry.workload)))
     return table
+
+
+def _one_line(text: str) -> str:
+    """A name as a terminal takes it: no newline, nothing that moves or colours."""
+    shown = "".join(character if character.isprintable() else "�" for character in text)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…"
 
 
 def _card_text(card: PresentCard) -> str:

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TextIO
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, literal_column, update
@@ -41,6 +41,7 @@ _LOG = logging.getLogger(__name__)
 _BUSY_SECONDS = 5.0
 _CHECKED_SECONDS = 1.0
 _LEAST_FREE_BYTES = 256 * 1024
+_LONGEST_UPGRADE_SECONDS = 30.0
 
 
 class StoreUnavailableError(Exception):
@@ -265,10 +266,24 @@ def _open_sqlite(path: Path, schemas: Sequence[Schema], journal: str, way_out: s
         except OSError as error:
             raise UsageError(f"cannot write beside the database {path}: {error.strerror}{way_out}") from None
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock, path)
             for schema in schemas:
                 upgrade(connection, schema)
     return Database(engine, path)
+
+
+def _wait_for(lock: TextIO, path: Path) -> None:
+    """Wait for whoever makes the tables now."""
+    until = time.monotonic() + _LONGEST_UPGRADE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UsageError(f"{lock.name} is held by another process that makes the tables of {path}") from None
+            time.sleep(0.02)
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import Connection, Row, delete, func, insert, select
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from autobatch.errors import UsageError
 from autobatch.evidence import SizeFailure
 from autobatch.report import Report
 from autobatch.store.database import new_id
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from autobatch.store.database import Database
 
 __all__ = ["Measurement", "MeasurementStore", "NewMeasurement", "OomReport", "Origin", "iso_time"]
+
+_LOG = logging.getLogger(__name__)
 
 Source = Literal["probe", "reported"]
 # More of one job on one card are of no use to an answer: the newest decide.
@@ -182,7 +186,7 @@ class MeasurementStore:
         if before is not None:
             query = query.where(measurement.c.id < before)
         with self._database.read() as connection:
-            return [_measurement(row) for row in connection.execute(query)]
+            return _readable(connection.execute(query).all())
 
     def series(self, workload: str, gpu: str) -> tuple[Sequence[Measurement], Sequence[OomReport]]:
         """What is known of one job on one card, the newest first."""
@@ -200,14 +204,19 @@ class MeasurementStore:
             rows = connection.execute(found.limit(_MOST_OF_A_SERIES)).all()
             ids = [row.id for row in rows]
             ooms = connection.execute(select(oom_report).where(oom_report.c.measurement_id.in_(ids))).all()
-        return [_measurement(row) for row in rows], [_oom(row) for row in ooms]
+        return _readable(rows), [_oom(row) for row in ooms]
 
-    def of_fingerprint(self, fingerprint: str) -> Measurement | None:
-        """The newest measurement whose report has a fingerprint; None where there is none."""
+    def of_fingerprint(self, fingerprint: str) -> list[Measurement]:
+        """Measurements whose report has a fingerprint, the newest first."""
         found = select(measurement).where(measurement.c.fingerprint == fingerprint).order_by(measurement.c.id.desc())
         with self._database.read() as connection:
-            row = connection.execute(found.limit(1)).one_or_none()
-        return None if row is None else _measurement(row)
+            return _readable(connection.execute(found.limit(_MOST_OF_A_SERIES)).all())
+
+    def restamp(self, ids: Collection[str], sources: Mapping[str, str]) -> None:
+        """Say of measurements in a cache that they hold for other files."""
+        with self._database.write() as connection:
+            changed = update(measurement).where(measurement.c.id.in_(ids))
+            connection.execute(changed.values(sources_json=json.dumps(dict(sources))))
 
     def delete(self, record_id: str) -> bool:
         """Forget a measurement or a reported error; False where there is none of that id."""
@@ -260,6 +269,17 @@ def iso_time(seconds: float | None) -> str | None:
         return None
     moment = dt.datetime.fromtimestamp(seconds, tz=dt.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _readable(rows: Sequence[Row[Any]]) -> list[Measurement]:
+    """Those that this version can read: one that is broken, or of another version, is no reason to do without the others."""
+    found = []
+    for row in rows:
+        try:
+            found.append(_measurement(row))
+        except (UsageError, ValueError) as error:
+            _LOG.warning("measurement %s cannot be read: %s", row.id, error)
+    return found
 
 
 def _measurement(row: Row[Any]) -> Measurement:

@@ -167,6 +167,27 @@ def test_under_another_budget_only_what_still_holds_counts(budget: int) -> None:
         assert len(job.ran) == 1
 
 
+def test_what_an_error_asked_for_says_nothing_of_a_larger_budget() -> None:
+    """The most that tensors held may have been given back before: the two were not there at once."""
+    trial = Line(budget=400).run_trial((300, 300), confirmation=False)
+    early = dataclasses.replace(trial, peak_allocated_bytes=399 * MIB, oom_request_bytes=300 * MIB)
+    options = ProbeOptions(target=1024)
+    assert still_holding([early], options, budget_then=400 * MIB, budget_now=400 * MIB) == (early,)
+    assert still_holding([early], options, budget_then=400 * MIB, budget_now=401 * MIB) == ()
+    over = dataclasses.replace(trial, outcome=Outcome.OVER_BUDGET, footprint_bytes=450 * MIB)
+    assert still_holding([over], options, budget_then=400 * MIB, budget_now=449 * MIB) == (over,)
+    assert still_holding([over], options, budget_then=400 * MIB, budget_now=450 * MIB) == ()
+
+
+def test_a_failure_above_the_sizes_of_a_question_is_none_of_it() -> None:
+    """Of the sizes at which the number of steps changes, the largest may lie below what is known to fail."""
+    first = probe(Line(budget=489), ProbeOptions(target=676, max_micro_batch=400))
+    assert (first.max_micro_batch_size, first.smallest_failing) == (339, 340)
+    report = probe(Line(budget=489), ProbeOptions(target=676, max_micro_batch=400, objective="plan"), first.trials)
+    assert report.plan is not None
+    assert (report.plan.micro_batch_size, report.ceiling_reached, report.smallest_failing) == (338, True, None)
+
+
 def test_a_job_that_grew_is_probed_anew_and_what_was_known_is_not_in_the_report() -> None:
     """The trial that runs again takes other memory than before: that is said with both figures, and nothing old is kept."""
     options = ProbeOptions(target=1024)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib.util
 import pathlib
+import sys
 
+if importlib.util.find_spec("torch") is None:  # as libraries look for it before they import it
+    sys.exit("torch is not installed")
 import torch
 from torch import nn
 
