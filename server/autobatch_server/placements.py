@@ -96,7 +96,7 @@ def _consider(store: SeriesSource, workload: str, request: PlacementRequest, can
         return _Considered(candidate=candidate, gpu=gpu, verdict="no_plan", reason=reason)
     reason = answer.reason
     if answer.missing_bytes:
-        reason += f": at least {answer.missing_bytes} bytes too large"
+        reason += f": about {answer.missing_bytes} bytes too large"
     return _Considered(candidate=candidate, gpu=gpu, verdict=answer.verdict, reason=reason, answer=answer)
 
 

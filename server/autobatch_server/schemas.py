@@ -138,7 +138,7 @@ class PlanAnswer(_Form):
     bounds: Bounds | None = None
     footprint_bytes: int | None = Field(None, description="memory of the card that the plan takes")
     budget_bytes: int | None = Field(None, description="memory that it might take")
-    missing_bytes: int | None = Field(None, description="by how much at least the smallest size is too large")
+    missing_bytes: int | None = Field(None, description="by about how many bytes the smallest size is too large")
     expected_error: str | None = Field(None, description="of an emulated answer")
     warnings: list[str] = Field(default_factory=list)
 

@@ -61,7 +61,7 @@ def test_what_fits_comes_first_then_what_does_not_then_no_plan_then_the_unknown(
     assert fits["basis"] == "emulated"
     missing = 102 * GIB + GIB // 2 + GIB - 40 * GIB
     assert too_small["missing_bytes"] == missing
-    assert f"at least {missing} bytes too large" in too_small["reason"]
+    assert f"about {missing} bytes too large" in too_small["reason"]
     assert "255 or 258" in uneven["reason"]
     assert "below the 500 cards" in too_many["reason"]
     assert "nothing has been measured" in unknown["reason"]
