@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from autobatch.cache.consultation import Consultation
-    from autobatch.cache.remembered import CacheUse
+    from autobatch.cache.uses import CacheUse
     from autobatch.command.template import CommandTemplate
     from autobatch.emulator.machine import EmulatedMachine
     from autobatch.lengths import LengthTable
@@ -295,7 +295,7 @@ class _Asked:
         progress: Callable[[ProbeEvent], None] | None,
         cache: CacheUse,
     ) -> _Asked:
-        from autobatch.cache.consultation import check_cache_use
+        from autobatch.cache.uses import check_cache_use
 
         check_cache_use(cache)
         return cls(environment=dict(os.environ if environment is None else environment), progress=progress, cache=cache)

@@ -31,10 +31,8 @@ class KnownTrials:
     """Those that hold for its question, each window once; none where only `limit` says something."""
     measured_at: str
     """When the newest of them ran: ISO 8601 in UTC."""
-    measurement: str
-    """The id under which the newest is kept."""
-    measurements: tuple[str, ...] = ()
-    """The ids of all that they come from."""
+    measurements: tuple[str, ...]
+    """The ids under which they are kept, the newest first."""
     limit: int | None = None
     """The largest size that may be answered, since a training ran out of memory with the next one; None where none did."""
     unchanged: bool = True

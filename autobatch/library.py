@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autobatch.cache.remembered import CacheUse
+    from autobatch.cache.uses import CacheUse
     from autobatch.facts import DeviceFacts
     from autobatch.gpu.opening import OpenDevice
     from autobatch.known import KnownTrials
@@ -88,9 +88,10 @@ def probe(  # noqa: PLR0913 - what each caller may choose
         >>> report.plan.micro_batch_size, report.plan.accumulation_steps  # doctest: +SKIP
         (32, 8)
     """
-    from autobatch.cache.consultation import Consultation, check_cache_use
+    from autobatch.cache.consultation import Consultation
     from autobatch.cache.identity import function_identity
     from autobatch.cache.sources import loaded_files
+    from autobatch.cache.uses import check_cache_use
     from autobatch.gpu.opening import open_device
 
     check_cache_use(cache)

@@ -317,7 +317,7 @@ class _Probe:
             return None
         return Cached(
             measured_at=self._known.measured_at,
-            measurement=self._known.measurement,
+            measurement=self._known.measurements[0],
             num_trials=len(self._trials) - len(self._ran),
             confirmed=self._confirmed,
         )

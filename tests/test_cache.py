@@ -17,11 +17,12 @@ import pytest
 from service_fakes import GIB, make_report, make_trial
 
 from autobatch import Report, UnavailableError, UsageError, remember_out_of_memory
-from autobatch.cache.consultation import Consultation, check_cache_use
+from autobatch.cache.consultation import Consultation
 from autobatch.cache.identity import JobIdentity, command_identity, function_identity, workload_identity
 from autobatch.cache.outlook import look_at_device
 from autobatch.cache.remembered import cache_path, clear_all, opened_cache
 from autobatch.cache.sources import hash_files, loaded_files
+from autobatch.cache.uses import check_cache_use
 from autobatch.command.template import CommandTemplate
 from autobatch.facts import DeviceFacts
 from autobatch.gpu.catalogue import find_card
@@ -32,7 +33,7 @@ from autobatch.workload.job import TrainingJob
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from autobatch.cache.remembered import CacheUse
+    from autobatch.cache.uses import CacheUse
     from autobatch.known import KnownTrials
     from autobatch.probing import ProbeEvent
 
@@ -174,7 +175,7 @@ def test_a_hit_that_says_nothing_new_is_not_kept_again() -> None:
     assert known is not None
     from autobatch.report import Cached
 
-    cached = Cached(measured_at=known.measured_at, measurement=known.measurement, num_trials=1, confirmed=True)
+    cached = Cached(measured_at=known.measured_at, measurement=known.measurements[0], num_trials=1, confirmed=True)
     Consultation(JOB, report.options, "confirm", None).keep(
         dataclasses.replace(report, cached=cached), facts_of(report), list
     )
@@ -566,7 +567,7 @@ def test_files_that_a_trial_showed_to_change_nothing_are_taken_on(tmp_path: Path
     known = consultation.recall(facts_of(report))
     assert known is not None
     assert not known.unchanged
-    cached = Cached(measured_at=known.measured_at, measurement=known.measurement, num_trials=1, confirmed=True)
+    cached = Cached(measured_at=known.measured_at, measurement=known.measurements[0], num_trials=1, confirmed=True)
     told = dataclasses.replace(report, cached=cached, warnings=(*known.notes, "another"))
     consultation.keep(told, facts_of(report), lambda: [str(script)])
     again = recall(report)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, TypeVar
 
 from autobatch.cache.outlook import look_at_device
-from autobatch.errors import AutobatchError, UsageError
+from autobatch.errors import AutobatchError
 from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.probing import Noted, conduct_probe
 
@@ -14,25 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from autobatch.cache.identity import JobIdentity
-    from autobatch.cache.remembered import CacheUse, MeasurementCache, Unseen
+    from autobatch.cache.remembered import MeasurementCache, Unseen
+    from autobatch.cache.uses import CacheUse
     from autobatch.known import KnownTrials
     from autobatch.options import ProbeOptions
     from autobatch.probing import ProbeEvent
     from autobatch.report import Report
     from autobatch.trial import Trial
 
-__all__ = ["Consultation", "check_cache_use", "remember_out_of_memory"]
+__all__ = ["Consultation", "remember_out_of_memory"]
 
 
 _Answer = TypeVar("_Answer")
-
-
-def check_cache_use(use: str) -> None:
-    """Refuse what is no use of the cache; raises `UsageError`."""
-    from autobatch.cache.remembered import CACHE_USES
-
-    if use not in CACHE_USES:
-        raise UsageError(f"cache {use!r} is unknown; choose {', '.join(CACHE_USES)}")
 
 
 class Consultation:

@@ -9,13 +9,13 @@ import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Self
 from urllib.parse import quote
 
 import platformdirs
 from sqlalchemy.exc import SQLAlchemyError
 
-from autobatch.cache.sources import hash_files
+from autobatch.cache.sources import CurrentFiles, hash_files
 from autobatch.errors import UnavailableError, UsageError
 from autobatch.evidence import SizeFailure
 from autobatch.facts import DeviceFacts
@@ -42,11 +42,7 @@ if TYPE_CHECKING:
     from autobatch.report import Report
     from autobatch.trial import Trial
 
-__all__ = ["CACHE_USES", "CacheUse", "MeasurementCache", "Unseen", "cache_path", "clear_all", "opened_cache"]
-
-CacheUse = Literal["confirm", "trust", "off"]
-"""`confirm`: one trial shows whether what is remembered holds. `trust`: it is taken as it stands. `off`: it is left alone."""
-CACHE_USES: tuple[str, ...] = get_args(CacheUse)
+__all__ = ["MeasurementCache", "Unseen", "cache_path", "clear_all", "opened_cache"]
 
 # About 5 kB each.
 _MOST_MEASUREMENTS = 2000
@@ -86,9 +82,7 @@ def opened_cache() -> Iterator[MeasurementCache]:
         with MeasurementCache.open() as cache:
             yield cache
     except (StoreUnavailableError, SQLAlchemyError) as error:
-        raise UnavailableError(
-            f"{cache_path()} is locked, full or broken: `autobatch cache clear` removes it"
-        ) from error
+        raise UnavailableError(f"the cache {cache_path()} is locked, full or broken") from error
 
 
 def clear_all() -> Path:
@@ -194,8 +188,9 @@ class MeasurementCache:
         """
         measured, ooms = self._store.of_job(job.job)
         seen: dict[str, DeviceFacts] = {}
+        files = CurrentFiles()
         for row in measured:
-            if not row.report.certified or _changed(row) or not _has_same_torch(job, row.report):
+            if not row.report.certified or _changed(row, files) or not _has_same_torch(job, row.report):
                 continue
             facts = _facts_now(row.report, options, outlook)
             if facts is not None and row.origin is not None and job.series(facts, options) == row.origin.series:
@@ -291,8 +286,9 @@ def _known(
     """Put together what rows of one series, the newest first, say for a question."""
     if not rows:
         return None
-    rows = _of_one_state(rows)
-    changed = sorted({Path(path).name for path in _changed(rows[0])})
+    files = CurrentFiles()
+    rows = _of_one_state(rows, files)
+    changed = sorted({Path(path).name for path in _changed(rows[0], files)})
     ids, notes, limit = {row.id for row in rows}, [], None
     told = [oom for oom in ooms if oom.measurement_id in ids and bears_on(oom.failure, options)]
     lowest = min(told, key=lambda oom: oom.failure.micro_batch_size, default=None)
@@ -323,7 +319,6 @@ def _known(
         trials=tuple(by_window.values()),
         limit=limit,
         measured_at=rows[0].report.measured_at,
-        measurement=rows[0].id,
         measurements=tuple(row.id for row in rows),
         unchanged=not changed,
         certified=all(row.report.certified for row in rows),
@@ -331,20 +326,18 @@ def _known(
     )
 
 
-def _of_one_state(rows: Sequence[Measurement]) -> list[Measurement]:
+def _of_one_state(rows: Sequence[Measurement], files: CurrentFiles) -> list[Measurement]:
     """Those whose job was made of the same files: of files as they are now, where there are such, else of the newest's."""
-    unchanged = [row for row in rows if not _changed(row)]
+    unchanged = [row for row in rows if not _changed(row, files)]
     if unchanged:
         return unchanged
     newest = rows[0].origin
     return [row for row in rows if newest and row.origin and row.origin.sources == newest.sources]
 
 
-def _changed(row: Measurement) -> list[str]:
+def _changed(row: Measurement, files: CurrentFiles) -> list[str]:
     """Files of a measurement's job that are no longer as they were."""
-    sources = row.origin.sources if row.origin else {}
-    now = hash_files(sources)
-    return [path for path, digest in sources.items() if now.get(path) != digest]
+    return files.changed_since(row.origin.sources) if row.origin else []
 
 
 def _has_same_torch(job: JobIdentity, report: Report) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["hash_files", "loaded_files"]
+__all__ = ["CurrentFiles", "hash_files", "loaded_files"]
 
 _LARGEST_BYTES = 16 << 20
 _MOST_FILES = 400
@@ -58,6 +58,23 @@ def hash_files(paths: Iterable[str | Path]) -> dict[str, str]:
         if digest:
             hashes[path] = digest
     return hashes
+
+
+class CurrentFiles:
+    """The files as they are now; each is read once, however many measurements it stands behind."""
+
+    def __init__(self) -> None:
+        """Nothing has been read yet."""
+        self._hashes: dict[str, str] = {}
+
+    def changed_since(self, hashes: Mapping[str, str]) -> list[str]:
+        """Those of which the content is another than a hash of it says, or that are gone."""
+        return [path for path, digest in hashes.items() if self._now(path) != digest]
+
+    def _now(self, path: str) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = _hash(path)
+        return self._hashes[path]
 
 
 def _hash(path: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autobatch.cache.uses import CACHE_USES
 from autobatch.cli.flags import add_format_flag, add_option_flags, options_from
 from autobatch.cli.output import error_console, say, write_json, write_plan, write_text, write_view
 from autobatch.cli.settings import read_settings
@@ -16,7 +17,7 @@ from autobatch.lengths import parse_lengths
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
-    from autobatch.cache.remembered import CacheUse
+    from autobatch.cache.uses import CacheUse
     from autobatch.cli.settings import Settings
     from autobatch.lengths import LengthTable
     from autobatch.options import ProbeOptions
@@ -76,7 +77,7 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache",
-        choices=("confirm", "trust", "off"),
+        choices=CACHE_USES,
         default=argparse.SUPPRESS,
         help="what earlier probes measured: confirm it by one trial (the default), trust it where nothing changed, or neither "
         "read nor keep it",

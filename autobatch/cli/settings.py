@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autobatch.cache.uses import CACHE_USES
 from autobatch.errors import UsageError
 from autobatch.present.formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from autobatch.cache.remembered import CacheUse
+    from autobatch.cache.uses import CacheUse
 
 __all__ = ["Settings", "read_settings"]
 
@@ -56,8 +57,8 @@ def read_settings(path: Path) -> Settings:
         raise UsageError(f"{_WHERE} {path}: format is {form!r}: write one of {', '.join(FORMATS)}")
     if verbose is not None and not isinstance(verbose, bool):
         raise UsageError(f"{_WHERE} {path}: verbose is {verbose!r}: write true or false")
-    if cache is not None and cache not in {"confirm", "trust", "off"}:
-        raise UsageError(f"{_WHERE} {path}: cache is {cache!r}: write 'confirm', 'trust' or 'off'")
+    if cache is not None and cache not in CACHE_USES:
+        raise UsageError(f"{_WHERE} {path}: cache is {cache!r}: write one of {', '.join(CACHE_USES)}")
     options = {name: _as_written(name, table[name]) for name in fields & set(table)}
     return Settings(workload=workload, form=form, verbose=verbose, cache=cache, options=options)
 

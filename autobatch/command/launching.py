@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["HOOK_FOLDER", "CommandRun", "Ended", "Message", "TimedOut", "temporary_folder"]
+__all__ = ["CommandRun", "Ended", "Message", "TimedOut", "hooked_environment", "temporary_folder"]
 
 _WARDEN = str(Path(__file__).with_name("warden.py"))
-HOOK_FOLDER = str(Path(__file__).with_name("hook"))
+_HOOK_FOLDER = str(Path(__file__).with_name("hook"))
 """What stands on PYTHONPATH so that Python runs the hook."""
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
 _LAST_WORDS_SECONDS = 2.0
@@ -70,6 +70,19 @@ class TimedOut:
     """The time was over."""
 
 
+def hooked_environment(environment: Mapping[str, str], setup: Mapping[str, object], channel: Path) -> dict[str, str]:
+    """The variables with which a command loads the hook, beside those given.
+
+    Args:
+        environment: the command's own variables.
+        setup: what the hook is told.
+        channel: the socket to which it answers.
+    """
+    paths = [_HOOK_FOLDER, *filter(None, [environment.get("PYTHONPATH")])]
+    hook = json.dumps({**setup, "channel": str(channel)})
+    return {**environment, "AUTOBATCH_HOOK": hook, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class CommandRun:
     """A command under way, and everything that it starts.
 
@@ -99,12 +112,8 @@ class CommandRun:
         self._arguments = list(arguments)
         self._folder = folder
         channel = folder / "channel"
-        hook = {**setup, "channel": str(channel), "package_root": _PACKAGE_ROOT}
-        paths = [HOOK_FOLDER, *filter(None, [environment.get("PYTHONPATH")])]
         self._environment = {
-            **environment,
-            "AUTOBATCH_HOOK": json.dumps(hook),
-            "PYTHONPATH": os.pathsep.join(paths),
+            **hooked_environment(environment, {**setup, "package_root": _PACKAGE_ROOT}, channel),
             "PYTHONFAULTHANDLER": "1",  # a process that is ended by SIGABRT says where it was
         }
         self._channel_path = channel

@@ -5,11 +5,10 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
-import os
 import socket
 from typing import TYPE_CHECKING, Any, Self
 
-from autobatch.command.launching import HOOK_FOLDER
+from autobatch.command.launching import hooked_environment
 from autobatch.gpu.oom import FailureKind, classify
 
 if TYPE_CHECKING:
@@ -50,9 +49,7 @@ class WatchedTraining:
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         """The variables with which the hook is loaded, beside those given."""
-        setup = {"training": True, "channel": str(self._path)}
-        paths = [HOOK_FOLDER, *filter(None, [variables.get("PYTHONPATH")])]
-        return {**variables, "AUTOBATCH_HOOK": json.dumps(setup), "PYTHONPATH": os.pathsep.join(paths)}
+        return hooked_environment(variables, {"training": True}, self._path)
 
     def ran_out_of_memory(self) -> bool:
         """Whether a process of it has ended so by now."""
@@ -81,7 +78,7 @@ def _rebuilt(described: Mapping[str, Any] | None) -> BaseException | None:
         if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, ExceptionGroup):
             kind = known
         elif not isinstance(known, type):
-            kind = type(name, (kind,), {"__init__": Exception.__init__, "__str__": _text_of})
+            kind = type(name, (kind,), {"__str__": _text_of})
     error = kind.__new__(kind)
     error.args = (described["text"], *map(_rebuilt, described["members"]))
     error.__cause__ = _rebuilt(described["cause"])

@@ -32,7 +32,7 @@ def known_from(
     trials: Sequence[Trial], options: ProbeOptions, *, budget: int, budget_then: int | None = None
 ) -> KnownTrials | None:
     held = still_holding(trials, options, budget_then=budget_then or budget, budget_now=budget)
-    return KnownTrials(trials=held, measured_at=WHEN, measurement="mea_1") if held else None
+    return KnownTrials(trials=held, measured_at=WHEN, measurements=("mea_1",)) if held else None
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -217,7 +217,7 @@ def test_a_job_that_shrank_is_probed_anew_too() -> None:
 def limited(trials: Sequence[Trial], options: ProbeOptions, limit: int, *, budget: int) -> KnownTrials:
     held = still_holding(trials, options, budget_then=budget * MIB, budget_now=budget * MIB, limit=limit)
     note = f"micro-batch {limit + 1} counts as too large"
-    return KnownTrials(trials=held, measured_at=WHEN, measurement="mea_1", limit=limit, notes=(note,))
+    return KnownTrials(trials=held, measured_at=WHEN, measurements=("mea_1",), limit=limit, notes=(note,))
 
 
 def test_a_failure_of_a_training_lowers_the_answer_at_the_cost_of_few_trials() -> None:

@@ -1,6 +1,7 @@
 """The hook inside of a training command: Python runs it at its start, since its folder is on PYTHONPATH.
 
-It imports the standard library alone, and does nothing but wait for torch to be imported. Another `sitecustomize`, which this
+It imports the standard library alone, and does nothing but wait: in a trial for torch to be imported, in a training for the
+process's end. Another `sitecustomize`, which this
 one hides, runs as it would have. The folder stays on PYTHONPATH, for the processes that this one starts.
 """
 
