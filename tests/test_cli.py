@@ -630,6 +630,7 @@ def test_without_headroom_the_answer_is_the_cards_own(gpt2_on_an_a100: dict[str,
     assert content["max_micro_batch_size"] >= gpt2_on_an_a100["max_micro_batch_size"]
 
 
+@pytest.mark.slow  # brute force, in another file, asks more of both
 @pytest.mark.parametrize(("workload", "card"), [("resnet50", "T4"), ("vit", "RTX 3060")])
 def test_the_image_workloads(workload: str, card: str) -> None:
     """The other built-in jobs, on a small card each, in coarse steps; both have convolutions, whose error is larger."""
