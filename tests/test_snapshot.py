@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from fakes import out_of_memory
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from autobatch.errors import AutobatchError, UsageError
 from autobatch.snapshot import Snapshot, state_hash
@@ -836,17 +838,81 @@ def _one_process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.usefixtures("_one_process_group")
-def test_distributed_models_and_sharded_tensors_are_refused() -> None:
-    """Their backward, once failed, leaves reducers and shards that this process cannot mend."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor
+class Fails(nn.Module):
+    """Fails in its forward, or in its backward, when it is told to."""
 
-    with pytest.raises(UsageError, match=r"DistributedDataParallel .*child process"):
-        Snapshot.take([nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))])
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.fails_in = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fails_in == "forward":
+            raise out_of_memory()
+        y: torch.Tensor = self.linear(x)
+        if self.fails_in == "backward":
+            y.register_hook(self._fail)
+        return y
+
+    def _fail(self, gradient: torch.Tensor) -> torch.Tensor:
+        raise out_of_memory()
+
+
+def wrapped_model(wrapper: str) -> tuple[nn.Module, Fails]:
+    """Three layers for several ranks, of which the middle one can be told to fail."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    fails = Fails()
+    model = nn.Sequential(nn.Linear(4, 4), fails, nn.Linear(4, 4))
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-5), fails
     mesh = init_device_mesh("cpu", (1,))
-    with pytest.raises(UsageError, match=r"DTensor.* sharded .*child process"):
-        Snapshot.take([distribute_tensor(torch.ones(2), mesh)])
-    with pytest.raises(UsageError, match=r"FSDPLinear .*child process"):
-        Snapshot.take([fully_shard(nn.Linear(2, 2), mesh=mesh)])
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh), fails
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["cleared", "kept"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.usefixtures("_one_process_group")
+def test_wrapped_models_are_put_back_wherever_a_pass_fails(wrapper: str, where: str, gradients: bool) -> None:
+    """The same hash, and the same training from there on as of a model that met no failure."""
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        torch.manual_seed(1)
+        for _ in range(2):
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+        if not gradients:
+            optimizer.zero_grad()
+
+    hashes = []
+    for met in (False, True):
+        model, fails = wrapped_model(wrapper)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        train(model, optimizer)
+        if met:
+            snapshot = Snapshot.take([model, optimizer])
+            before = state_hash([model, optimizer])
+            train(model, optimizer)  # optimizer state and gradients of its own
+            fails.fails_in = where
+            with pytest.raises(torch.OutOfMemoryError):
+                model(torch.randn(3, 4)).sum().backward()
+            fails.fails_in = ""
+            snapshot.restore()
+            assert state_hash([model, optimizer]) == before
+        train(model, optimizer)
+        hashes.append(state_hash([model, optimizer]))
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_what_keeps_its_state_elsewhere_is_refused() -> None:
+    """FSDP1's flat parameters and ZeRO's shards are known to themselves alone."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"ZeroRedundancyOptimizer .*child process"):
+        Snapshot.take([model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam)])

@@ -10,6 +10,7 @@ from autobatch.errors import UsageError
 from autobatch.snapshot.containers import Leaf, Part, SavedDict, SavedSequence, SavedSet, Slot, ignore_nothing
 from autobatch.snapshot.parts import GeneratorState, ModuleMode, OwnState, Stateful
 from autobatch.snapshot.tensors import HeldTensor, LooseTensor, SavedTensor
+from autobatch.snapshot.wrapped import gather_nothing, is_handled, wrappers_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger"]
 
-# Classes of these modules keep state in other processes or in flat buffers that they alone know how to handle.
-_DISTRIBUTED = ("torch.nn.parallel.distributed", "torch.distributed.", "deepspeed.")
+# Classes of these modules keep state in other processes or in flat buffers that they alone know how to handle; DDP and FSDP2
+# do not: their parameters are the module's own, whole or each rank's part of them.
+_DISTRIBUTED = ("torch.distributed.", "deepspeed.")
 
 
 class Ledger:
@@ -30,14 +32,21 @@ class Ledger:
     """
 
     def __init__(self, objects: Sequence[object]) -> None:
+        import torch
+
         self.tensors: list[SavedTensor] = []
         self.parts: list[Part] = []
+        self.wrappers: list[tuple[str, Callable[[], object]]] = []
+        """What readies wrappers for several ranks after a pass that failed."""
         self._tensor_of: dict[int, SavedTensor] = {}
         self._part_of: dict[int, Part] = {}
         self._objects: dict[int, tuple[int, object]] = {}
         for number, each in enumerate(objects):
             _refuse_distributed(each)
             self._objects[id(each)] = (number, each)
+            if isinstance(each, torch.nn.Module):
+                gather_nothing(each)
+                self.wrappers.extend(wrappers_below(each))
             self._hold_tensors(each)
         for each in objects:
             label = type(each).__name__
@@ -210,6 +219,8 @@ def _refuse_distributed(each: object) -> None:
     if isinstance(each, torch.Tensor):
         return  # judged where it is held
     for inner in each.modules() if isinstance(each, torch.nn.Module) else (each,):
+        if is_handled(inner):
+            continue
         if any(cls.__module__.startswith(_DISTRIBUTED) for cls in type(inner).__mro__):
             raise UsageError(
                 f"{type(inner).__name__} cannot be put back in this process after a failed backward pass: "

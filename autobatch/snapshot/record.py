@@ -42,8 +42,11 @@ class Snapshot:
     algorithms, default dtype, grad mode.
 
     Not covered: data iterators, a user's own `Generator`s unless given, plain Python attributes of modules
-    and the insides of objects of other kinds. DDP, FSDP and sharded models are refused: after a failed
-    backward pass they cannot be put back in this process.
+    and the insides of objects of other kinds.
+
+    `DistributedDataParallel` and FSDP2 (`fully_shard`) are covered on each rank for its own part, and made ready for
+    another pass where one failed half-way. FSDP1, ZeRO optimizers and DeepSpeed are refused: they cannot be put back in
+    this process.
 
     Cost: `host_bytes` of pageable host memory, copied once by `take` and once more by each `restore`. No
     device memory, save where the job exchanges a parameter, a buffer or a whole dictionary of optimizer
@@ -122,6 +125,7 @@ class Snapshot:
 
     def _state_actions(self) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "CUDA", lambda: _synchronize(self._ledger)  # the job's kernels may still be writing
+        yield from self._ledger.wrappers
         everything: list[SavedTensor | Part] = [*self._ledger.tensors, *self._ledger.parts]
         for each in everything:
             yield each.label, each.release

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from autobatch.errors import UsageError
+from autobatch.snapshot.wrapped import is_sharded, local_part, sharded_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +24,8 @@ def check_ordinary(tensor: torch.Tensor, label: str) -> None:
     """Refuse a tensor whose values are not plain strided memory of this process.
 
     Raises:
-        UsageError: the tensor is sharded, a wrapper subclass, uninitialized, meta, sparse or quantized.
+        UsageError: the tensor is spread over processes in another way than a `DTensor`, a wrapper subclass,
+            uninitialized, meta, sparse or quantized.
     """
     import torch
     from torch.nn.parameter import is_lazy
@@ -33,6 +35,9 @@ def check_ordinary(tensor: torch.Tensor, label: str) -> None:
         raise UsageError(
             f"{label} is not initialized: run one forward pass first, so that lazy modules know their shapes"
         )
+    if is_sharded(tensor):
+        check_ordinary(local_part(tensor), f"the local part of {label}")
+        return
     if any(cls.__module__.startswith("torch.distributed.") for cls in kind.__mro__):
         raise UsageError(
             f"{label} is a {kind.__name__}, sharded over processes, and cannot be put back in one: {_CHILD}"
@@ -89,7 +94,7 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return _elements(tensor.detach()).to("cpu", copy=True)
+    return _elements(local_part(tensor).detach()).to("cpu", copy=True)
 
 
 class SavedTensor:
@@ -101,7 +106,7 @@ class SavedTensor:
         self.number = number
         self.device = tensor.device
         self.host: torch.Tensor | None = None
-        self._layout = _Layout.of(tensor)
+        self._layout = _Layout.of(local_part(tensor))
         self._is_leaf = tensor.is_leaf
         self._requires_grad = tensor.requires_grad
 
@@ -135,7 +140,7 @@ class SavedTensor:
         """Append flags and values."""
         tensor = cast("torch.Tensor", self.alive())
         digest.add(type(tensor).__qualname__, self._is_leaf, self._requires_grad)
-        digest.add_memory(tensor)
+        digest.add_memory(local_part(tensor))
 
     def _settle(self, tensor: torch.Tensor) -> None:
         """Cut the tensor from a graph that the job made, and put requires_grad back."""
@@ -157,7 +162,7 @@ class HeldTensor(SavedTensor):
         super().__init__(tensor, label=label, number=number)
         self._tensor = tensor
         # A second tensor over the same memory: it stays there whatever the job assigns to `.data`.
-        self._memory = tensor.detach()
+        self._memory = local_part(tensor).detach()
         self._storage_bytes = self._memory.untyped_storage().nbytes()
         self.grad: SavedTensor | None = None
 
@@ -202,7 +207,7 @@ class HeldTensor(SavedTensor):
         if storage.nbytes() < self._storage_bytes:  # the job freed it by storage.resize_(0)
             storage.resize_(self._storage_bytes)
         if not self._in_place():
-            self._tensor.data = self._memory
+            local_part(self._tensor).data = self._memory
         self._settle(self._tensor)
         if self.grad is not None:
             grad = self.grad.live()
@@ -210,8 +215,8 @@ class HeldTensor(SavedTensor):
                 self._tensor.grad = grad
 
     def _in_place(self) -> bool:
-        same_place = self._tensor.data_ptr() == self._memory.data_ptr()
-        return same_place and _Layout.of(self._tensor) == _Layout.of(self._memory)
+        here = local_part(self._tensor)
+        return here.data_ptr() == self._memory.data_ptr() and _Layout.of(here) == _Layout.of(self._memory)
 
     def write(self) -> None:
         """Copy the values into the memory that was saved."""
@@ -245,6 +250,7 @@ class LooseTensor(SavedTensor):
         from torch.utils.weak import TensorWeakRef
 
         super().__init__(tensor, label=label, number=number)
+        self._wrap = sharded_as(tensor)
         self._tensor: torch.Tensor | None = tensor
         self._reference = TensorWeakRef(tensor)
 
@@ -264,10 +270,10 @@ class LooseTensor(SavedTensor):
 
         tensor = self.alive()
         if tensor is None:
-            tensor = self._layout.empty()
+            tensor = self._wrap(self._layout.empty())
             self._reference = TensorWeakRef(tensor)
-        elif _Layout.of(tensor) != self._layout:
-            tensor.data = self._layout.empty()
+        elif _Layout.of(local_part(tensor)) != self._layout:
+            local_part(tensor).data = self._layout.empty()
         self._settle(tensor)
         return tensor
 
@@ -276,7 +282,7 @@ class LooseTensor(SavedTensor):
         tensor = self.alive()
         # None only where the owner could not be put back, which has been noted there.
         if tensor is not None and self.host is not None:
-            _elements(tensor.detach()).copy_(self.host)
+            _elements(local_part(tensor).detach()).copy_(self.host)
 
 
 def assign_host_copies(tensors: Iterable[SavedTensor]) -> None:
