@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from autobatch.emulation import describe_emulation
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.facts import AnswerRemarks
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe, nothing_fits
+from autobatch.ranks.link import RankLink, num_ranks
 from autobatch.throughput import windows_per_trial
 from autobatch.workload.inspection import inspect_job
 from autobatch.workload.job import TrainingJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -53,6 +56,10 @@ def probe(  # noqa: PLR0913 - what each caller may choose
     generators of Python, NumPy and torch. Not covered are data iterators, generators of the caller's own, and plain
     Python attributes.
 
+    Under `torchrun`, with a process group, every rank calls it alike, with the wrapped model (DDP, FSDP2) in `restore` and in
+    `micro_step`. Each trial is one of all ranks, gradients synchronised: it fits where it fits on every rank, and one that
+    runs out of memory ends it for all. All ranks return the same report, whose device is the one with the least to give.
+
     Args:
         micro_step: called with n; builds the *largest* batch of n samples that training will see, runs forward and
             `backward()`, and does not step.
@@ -69,8 +76,9 @@ def probe(  # noqa: PLR0913 - what each caller may choose
             its memory depends on, such as a length read from a file, belongs into the name.
         progress: called with each event of the probe.
         **options: the device is the one of the optimizer's parameters where `device` does not name one; `trial_timeout`
-            concerns trials in a process of their own, and is without effect here. The other fields of `ProbeOptions`
-            as they are, such as `world_size=4` or `headroom="1GiB"`.
+            concerns trials in a process of their own; here it is how long ranks wait for each other. `world_size` is the
+            number of ranks in `torch.distributed`, 1 without. The other fields of `ProbeOptions` as they are, such as
+            `headroom="1GiB"`.
 
     Returns:
         The report; `report.plan` has the sizes.
@@ -80,7 +88,8 @@ def probe(  # noqa: PLR0913 - what each caller may choose
         NoGpuError: this process has no NVIDIA GPU that torch and NVML see.
         PlanError: the target cannot be hit under the split.
         UsageError: an argument has no meaning.
-        WorkloadError: the micro-step failed, but not for want of device memory.
+        WorkloadError: the micro-step failed, but not for want of device memory; or a rank is gone, or did not come in time.
+            What went wrong on another rank names it.
         BusyError: others took the GPU's memory meanwhile, or the deadline passed.
 
     Example:
@@ -96,7 +105,11 @@ def probe(  # noqa: PLR0913 - what each caller may choose
 
     check_cache_use(cache)
     job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
-    asked = _options(target, {"device": _device_of(job), **options})
+    options.setdefault("device", _device_of(job))
+    if num_ranks() > 1:
+        report = _probe_over_ranks(target, options, job, cache, restore=restore, workload=workload, progress=progress)
+        return _with_plan(report)
+    asked = _options(target, options)
     consultation = Consultation(function_identity(workload, job), asked, cache, progress)
     with open_device(asked) as device:
         known = consultation.recall(device.facts)
@@ -111,9 +124,81 @@ def probe(  # noqa: PLR0913 - what each caller may choose
             progress=progress,
         )
         consultation.keep(report, device.facts, loaded_files)
+    return _with_plan(report)
+
+
+def _with_plan(report: Report) -> Report:
     if report.plan is None:
         raise nothing_fits(report)
     return report
+
+
+def _probe_over_ranks(
+    target: int,
+    options: dict[str, Any],
+    job: TrainingJob,
+    cache: CacheUse,
+    *,
+    restore: Sequence[object],
+    workload: str,
+    progress: Callable[[ProbeEvent], None] | None,
+) -> Report:
+    """Probe together with the other ranks: each trial is one of all, and all come to the same report."""
+    from autobatch.gpu.opening import open_device
+    from autobatch.ranks.agreement import (
+        Question,
+        check_devices,
+        check_same_question,
+        describe_cards,
+        together,
+        weakest,
+    )
+    from autobatch.ranks.trials import RankTrials
+
+    with _open_link(options) as link, contextlib.ExitStack() as stack:
+        asked = together(link, lambda: _rank_options(target, options, link, cache))
+        check_same_question(link.exchange(Question.of(workload, job, asked)))
+        device = together(link, lambda: stack.enter_context(open_device(asked)))
+        named = link.exchange((device.facts, asked.device))
+        facts = [each for each, _ in named]
+        check_devices(facts)
+        trials = together(link, lambda: _OwnTrials.of(device, job, asked, restore))
+        with trials.put_back_at_the_end():
+            report = conduct_probe(
+                RankTrials(trials, link, facts, deadline_seconds=asked.deadline),
+                dataclasses.replace(asked, deadline=None),  # all ranks pass it together, or none
+                workload=workload,
+                progress=progress,
+            )
+    # One report for all: that of the rank whose device bounds them.
+    asked = dataclasses.replace(asked, device=named[facts.index(weakest(facts))][1])
+    return dataclasses.replace(
+        report, options=asked, warnings=(*report.warnings, *filter(None, [describe_cards(facts)]))
+    )
+
+
+def _open_link(options: dict[str, Any]) -> RankLink:
+    """The link of ranks that wait for each other as long as a trial may take, where that is a time at all."""
+    limit = options.get("trial_timeout", _DEFAULTS["trial_timeout"])
+    is_time = isinstance(limit, (int, float)) and limit > 0
+    return RankLink(float(limit) if is_time else None)  # what is no time is refused with the other options
+
+
+def _rank_options(target: int, options: dict[str, Any], link: RankLink, cache: CacheUse) -> ProbeOptions:
+    """The options, with as many ranks as there are unless fewer hold the data.
+
+    Raises:
+        UsageError: other ranks than there are, or a cache.
+    """
+    if cache != "off":
+        raise UsageError(f"cache={cache!r} is not there for several ranks yet: leave it out, or cache='off'")
+    asked = _options(target, {"world_size": link.world_size, **options})
+    if link.world_size % asked.world_size:
+        raise UsageError(
+            f"world_size {asked.world_size} does not divide the {link.world_size} ranks that run: leave it out, or give those "
+            "that see data of their own (ranks that share a model's layers see the same)"
+        )
+    return asked
 
 
 def probe_on(
@@ -128,38 +213,16 @@ def probe_on(
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does."""
-    from autobatch.snapshot import Snapshot
-    from autobatch.workload.running import TrialRunner
-
-    if not isinstance(restore, Sequence) or isinstance(restore, str):
-        raise UsageError(
-            f"restore is a {type(restore).__name__}: pass a list of what the micro-step changes, as in restore=[model]"
-        )
-    kept = [*restore, *job.optimizers(), *([job.scaler] if job.scaler is not None else [])]
-    snapshot = Snapshot.take(_distinct(kept))
-    runner = TrialRunner(
-        lambda: job,
-        device.memory,
-        min_windows=windows_per_trial(options),
-        timed=device.facts.basis == "measured",
-        after_trial=snapshot.restore,
-    )
-    is_lost = False
-    try:
+    trials = _OwnTrials.of(device, job, options, restore)
+    with trials.put_back_at_the_end():
         return conduct_probe(
-            _OwnTrials(device, runner, job, snapshot),
+            trials,
             options,
             workload=workload,
             known=known,
             confirm=confirm,
             progress=progress,
         )
-    except WorkloadError as error:
-        is_lost = error.context_lost
-        raise
-    finally:
-        if not is_lost:  # on a lost context nothing can be put back, and the attempt would hide the reason
-            snapshot.restore()
 
 
 def _device_of(job: TrainingJob) -> str:
@@ -169,12 +232,12 @@ def _device_of(job: TrainingJob) -> str:
     return next((f"cuda:{device.index or 0}" for device in devices if device.type == "cuda"), "cuda:0")
 
 
-def _options(target: int, options: dict[str, Any]) -> ProbeOptions:
-    import dataclasses
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ProbeOptions)}
 
-    known = {field.name for field in dataclasses.fields(ProbeOptions)}
-    if unknown := sorted(set(options) - known):
-        raise UsageError(f"probe() has no option {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
+
+def _options(target: int, options: dict[str, Any]) -> ProbeOptions:
+    if unknown := sorted(set(options) - set(_DEFAULTS)):
+        raise UsageError(f"probe() has no option {', '.join(unknown)}: it takes {', '.join(sorted(_DEFAULTS))}")
     if options.get("emulate") is not None or options.get("tenant"):
         raise UsageError(
             "a process cannot be given an emulated GPU once it runs: start it with `autobatch emulate GPU -- python …`, "
@@ -195,14 +258,60 @@ class _OwnTrials:
         self._device, self._runner, self._job, self._snapshot = device, runner, job, snapshot
         self._inspection: Inspection | None = None
 
+    @classmethod
+    def of(cls, device: OpenDevice, job: TrainingJob, options: ProbeOptions, restore: Sequence[object]) -> Self:
+        """Keep what the trials change.
+
+        Raises:
+            UsageError: it cannot be put back.
+        """
+        from autobatch.snapshot import Snapshot
+        from autobatch.workload.running import TrialRunner
+
+        if not isinstance(restore, Sequence) or isinstance(restore, str):
+            raise UsageError(
+                f"restore is a {type(restore).__name__}: pass a list of what the micro-step changes, as in restore=[model]"
+            )
+        kept = [*restore, *job.optimizers(), *([job.scaler] if job.scaler is not None else [])]
+        snapshot = Snapshot.take(_distinct(kept))
+        runner = TrialRunner(
+            lambda: job,
+            device.memory,
+            min_windows=windows_per_trial(options),
+            timed=device.facts.basis == "measured",
+            after_trial=snapshot.restore,
+        )
+        return cls(device, runner, job, snapshot)
+
+    @contextlib.contextmanager
+    def put_back_at_the_end(self) -> Iterator[None]:
+        """Put everything back, however the trials end."""
+        is_lost = False
+        try:
+            yield
+        except WorkloadError as error:
+            is_lost = error.context_lost
+            raise
+        finally:
+            if not is_lost:  # on a lost context nothing can be put back, and the attempt would hide the reason
+                self._snapshot.restore()
+
     @property
     def facts(self) -> DeviceFacts:
         return self._device.facts
 
-    def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
+    def prepare(self, size: int) -> None:
+        """Look at what an emulated card cannot tell of the job."""
         if self.facts.basis == "emulated" and self._inspection is None:
-            self._inspection = inspect_job(lambda: self._job, self._device.memory, min(window))
+            self._inspection = inspect_job(lambda: self._job, self._device.memory, size)
             self._snapshot.restore()
+
+    def attempt(self, window: Sequence[int], *, confirmation: bool) -> tuple[Trial, int]:
+        """Run a trial once; gives it and what other processes took meanwhile."""
+        return self._runner.attempt(tuple(window), confirmation=confirmation)
+
+    def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
+        self.prepare(min(window))
         return self._runner(window, confirmation=confirmation)
 
     def remarks(self) -> AnswerRemarks:

@@ -109,6 +109,7 @@ FLOORS: list[tuple[str, ...]] = [
         "worker",
         "lastwords",
         "library",
+        "ranks",
         "command",
         "child_probe",
         "doctor",

@@ -12,6 +12,8 @@ from autobatch.workload.judging import Failure, Progress, explain_failure, judge
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
+
     from autobatch.gpu.memory import DeviceMemory
     from autobatch.trial import Trial
     from autobatch.workload.job import TrainingJob
@@ -73,9 +75,14 @@ class TrialRunner:
             WorkloadError: the job failed, but not for want of device memory; or it ran no optimizer step.
             BusyError: another process kept taking the device's memory meanwhile.
         """
-        return try_beside_tenants(lambda: self._attempt(tuple(window), confirmation=confirmation))
+        return try_beside_tenants(lambda: self.attempt(tuple(window), confirmation=confirmation))
 
-    def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
+    def attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
+        """Run one trial once, whoever else takes memory; raises `WorkloadError` as a call does.
+
+        Returns:
+            The trial, and the bytes by which other processes' memory grew meanwhile.
+        """
         progress = Progress()
         with contextlib.ExitStack() as afterwards:
             # Last in, first out: the memory is let go before the caller's state is put back, which may need some.
@@ -226,12 +233,18 @@ def _check_gradients(job: TrainingJob, progress: Progress) -> None:
         return
     groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
     gradients = [grad for group in groups for parameter in group["params"] if (grad := parameter.grad) is not None]
-    progress.gradient_bytes = sum(grad.numel() * grad.element_size() for grad in gradients)
+    progress.gradient_bytes = sum(_local_bytes(grad) for grad in gradients)
     if not gradients:
         raise WorkloadError(
             "after micro_step no parameter of the optimizer has a gradient: micro_step(n) must call loss.backward(), and "
             "the optimizer must hold the model's own parameters"
         )
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor in this process: of a `DTensor`, those of its part."""
+    local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return local.numel() * local.element_size()
 
 
 def _check_devices(job: TrainingJob, expected: str | None) -> None:

@@ -1,0 +1,63 @@
+"""`autobatch.probe` under torchrun on emulated cards: the answer of the smallest card, held to brute force."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import script_environment
+
+from autobatch.emulator.launch import open_machine
+
+if TYPE_CHECKING:
+    from autobatch.emulator.machine import EmulatedMachine
+
+pytestmark = pytest.mark.usefixtures("libraries")
+SCRIPT = Path(__file__).parent / "scripts" / "emulated_ranks.py"
+
+
+def answers(machine: EmulatedMachine, folder: Path, *words: str) -> list[Any]:
+    """What two ranks say."""
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), str(folder), *words],
+        env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def check_report(reports: list[Any], wrapper: str) -> dict[str, Any]:
+    assert reports[0] == reports[1]
+    report: dict[str, Any] = reports[0][wrapper]
+    assert (report["basis"], report["device"]["name"], report["certified"]) == ("emulated", "Tesla T4", True)
+    assert report["plan"]["world_size"] == report["options"]["world_size"] == 2
+    assert "rank 1 (Tesla T4)" in report["warnings"][-1]
+    return report
+
+
+def test_one_report_for_all_ranks(tmp_path: Path) -> None:
+    """The smaller card decides; FSDP2, which spreads the optimizer over both, fits more than DDP."""
+    with open_machine(("L4", "T4")) as machine:
+        reports = answers(machine, tmp_path, "probe", "ddp", "fsdp2", "256")
+    ddp, fsdp2 = (check_report(reports, wrapper) for wrapper in ("ddp", "fsdp2"))
+    assert 0 < 1.5 * ddp["max_micro_batch_size"] < fsdp2["max_micro_batch_size"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_the_maximum_of_two_ranks_is_that_of_brute_force(wrapper: str, tmp_path: Path) -> None:
+    """The size trains on both cards without autobatch, and the next one does not on the smaller."""
+    with open_machine(("L4", "T4")) as machine:
+        report = check_report(answers(machine, tmp_path, "probe", wrapper, "1"), wrapper)
+        size, steps = report["max_micro_batch_size"], str(report["micro_batches_per_step"])
+        assert answers(machine, tmp_path, "run", wrapper, str(size), steps) == ["fits", "fits"]
+        larger, smaller = answers(machine, tmp_path, "run", wrapper, str(size + 1), steps)
+        assert (larger, smaller != "fits") == ("fits", True)
