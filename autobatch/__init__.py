@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan, make_plan
     from autobatch.present.plot import check_plot_path, draw_report, report_svg
     from autobatch.probing import Noted, ProbeEvent, TrialEnded, TrialStarted
+    from autobatch.rankplan import make_rank_plan
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot, state_hash
     from autobatch.training.accumulator import Accumulator, MemoryEvent, WindowResult
@@ -97,6 +98,7 @@ __all__ = [
     "from_json_form",
     "load_catalogue",
     "make_plan",
+    "make_rank_plan",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -176,6 +178,7 @@ _HOMES = {
     "library": ("probe",),
     "options": ("ProbeOptions",),
     "plan": ("Plan", "make_plan"),
+    "rankplan": ("make_rank_plan",),
     "probing": ("Noted", "ProbeEvent", "TrialEnded", "TrialStarted"),
     "report": ("Report",),
     "snapshot": ("Snapshot", "state_hash"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from autobatch.emulation import describe_emulation
 from autobatch.errors import UsageError, WorkloadError
@@ -13,6 +14,7 @@ from autobatch.facts import AnswerRemarks
 from autobatch.options import ProbeOptions
 from autobatch.probing import conduct_probe, nothing_fits
 from autobatch.ranks.link import RankLink, num_ranks
+from autobatch.report import RankResult
 from autobatch.throughput import windows_per_trial
 from autobatch.workload.inspection import inspect_job
 from autobatch.workload.job import TrainingJob
@@ -27,13 +29,18 @@ if TYPE_CHECKING:
     from autobatch.gpu.opening import OpenDevice
     from autobatch.known import KnownTrials
     from autobatch.probing import ProbeEvent
+    from autobatch.ranks.trials import RankTrials
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot
     from autobatch.trial import Trial
     from autobatch.workload.inspection import Inspection
     from autobatch.workload.running import TrialRunner
 
-__all__ = ["probe", "probe_on"]
+__all__ = ["RankSizes", "probe", "probe_on"]
+
+RankSizes = Literal["same", "own"]
+"""Whether ranks that probe together all get one size, or each its own."""
+RANK_SIZES: tuple[str, ...] = get_args(RankSizes)
 
 
 def probe(  # noqa: PLR0913 - what each caller may choose
@@ -46,6 +53,7 @@ def probe(  # noqa: PLR0913 - what each caller may choose
     end_window: Callable[[], object] | None = None,
     workload: str = "micro_step",
     cache: CacheUse = "off",
+    rank_sizes: RankSizes = "same",
     progress: Callable[[ProbeEvent], None] | None = None,
     **options: Any,
 ) -> Report:
@@ -74,6 +82,9 @@ def probe(  # noqa: PLR0913 - what each caller may choose
             then; `"trust"` without any trial, where the script is unchanged; `"off"` neither reads nor keeps anything. A run is
             known by the script, `workload`, the code of `micro_step` and the shapes of the optimizer's parameters: what else
             its memory depends on, such as a length read from a file, belongs into the name.
+        rank_sizes: where several ranks probe, `"same"` gives all the size that the weakest device can take; `"own"`, with
+            `split="balanced"`, searches for each rank's own and shares out the target in proportion: the report's
+            `ranks` has each one's maximum, its plan each one's micro-batches, as many on every rank.
         progress: called with each event of the probe.
         **options: the device is the one of the optimizer's parameters where `device` does not name one; `trial_timeout`
             concerns trials in a process of their own; here it is how long ranks wait for each other. `world_size` is the
@@ -107,8 +118,9 @@ def probe(  # noqa: PLR0913 - what each caller may choose
     job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
     options.setdefault("device", _device_of(job))
     if num_ranks() > 1:
-        report = _probe_over_ranks(target, options, job, cache, restore=restore, workload=workload, progress=progress)
-        return _with_plan(report)
+        asked_of_ranks = _RankQuestion(target=target, options=options, cache=cache, rank_sizes=rank_sizes)
+        return _with_plan(_probe_over_ranks(asked_of_ranks, job, restore=restore, workload=workload, progress=progress))
+    _check_rank_sizes(rank_sizes, num_ranks=1)
     asked = _options(target, options)
     consultation = Consultation(function_identity(workload, job), asked, cache, progress)
     with open_device(asked) as device:
@@ -133,11 +145,50 @@ def _with_plan(report: Report) -> Report:
     return report
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RankQuestion:
+    """What one of several ranks asks."""
+
+    target: int
+    options: dict[str, Any]
+    cache: CacheUse
+    rank_sizes: RankSizes
+
+    def checked(self, link: RankLink) -> ProbeOptions:
+        """The options, with as many ranks as there are unless fewer hold the data.
+
+        Raises:
+            UsageError: other ranks than there are, a cache, or sizes of their own without a balanced split.
+        """
+        if self.cache != "off":
+            raise UsageError(f"cache={self.cache!r} is not there for several ranks yet: leave it out, or cache='off'")
+        asked = _options(self.target, {"world_size": link.world_size, **self.options})
+        _check_rank_sizes(self.rank_sizes, num_ranks=asked.world_size, split=asked.split)
+        if link.world_size % asked.world_size:
+            raise UsageError(
+                f"world_size {asked.world_size} does not divide the {link.world_size} ranks that run: leave it out, or give "
+                "those that see data of their own (ranks that share a model's layers see the same)"
+            )
+        if self.rank_sizes == "own" and asked.world_size != link.world_size:
+            raise UsageError(
+                f"rank_sizes='own' needs data of its own on each of the {link.world_size} ranks, and world_size is "
+                f"{asked.world_size}: take rank_sizes='same'"
+            )
+        return asked
+
+
+def _check_rank_sizes(rank_sizes: object, *, num_ranks: int, split: str = "balanced") -> None:
+    if rank_sizes not in RANK_SIZES:
+        raise UsageError(f"rank_sizes {rank_sizes!r} is unknown; choose {' or '.join(RANK_SIZES)}")
+    if rank_sizes == "own" and num_ranks == 1:
+        raise UsageError("rank_sizes='own' is for several ranks, and this process trains alone: leave it out")
+    if rank_sizes == "own" and split != "balanced":
+        raise UsageError(f"rank_sizes='own' mixes sizes, and split is {split!r}: give split='balanced' too")
+
+
 def _probe_over_ranks(
-    target: int,
-    options: dict[str, Any],
+    question: _RankQuestion,
     job: TrainingJob,
-    cache: CacheUse,
     *,
     restore: Sequence[object],
     workload: str,
@@ -145,36 +196,51 @@ def _probe_over_ranks(
 ) -> Report:
     """Probe together with the other ranks: each trial is one of all, and all come to the same report."""
     from autobatch.gpu.opening import open_device
-    from autobatch.ranks.agreement import (
-        Question,
-        check_devices,
-        check_same_question,
-        describe_cards,
-        together,
-        weakest,
-    )
+    from autobatch.ranks.agreement import Question, check_devices, check_same_question, together
     from autobatch.ranks.trials import RankTrials
 
-    with _open_link(options) as link, contextlib.ExitStack() as stack:
-        asked = together(link, lambda: _rank_options(target, options, link, cache))
-        check_same_question(link.exchange(Question.of(workload, job, asked)))
+    with _open_link(question.options) as link, contextlib.ExitStack() as stack:
+        asked = together(link, lambda: question.checked(link))
+        check_same_question(link.exchange(Question.of(job, asked, workload=workload, rank_sizes=question.rank_sizes)))
         device = together(link, lambda: stack.enter_context(open_device(asked)))
         named = link.exchange((device.facts, asked.device))
         facts = [each for each, _ in named]
         check_devices(facts)
-        trials = together(link, lambda: _OwnTrials.of(device, job, asked, restore))
-        with trials.put_back_at_the_end():
+        local = together(link, lambda: _OwnTrials.of(device, job, asked, restore))
+        trials = RankTrials(local, link, facts, deadline_seconds=asked.deadline)
+        with local.put_back_at_the_end():
             report = conduct_probe(
-                RankTrials(trials, link, facts, deadline_seconds=asked.deadline),
+                trials,
                 dataclasses.replace(asked, deadline=None),  # all ranks pass it together, or none
                 workload=workload,
                 progress=progress,
             )
+            report = _with_ranks(report, trials, facts, question.rank_sizes, progress)
     # One report for all: that of the rank whose device bounds them.
-    asked = dataclasses.replace(asked, device=named[facts.index(weakest(facts))][1])
-    return dataclasses.replace(
-        report, options=asked, warnings=(*report.warnings, *filter(None, [describe_cards(facts)]))
-    )
+    return dataclasses.replace(report, options=dataclasses.replace(asked, device=named[facts.index(trials.facts)][1]))
+
+
+def _with_ranks(
+    report: Report,
+    trials: RankTrials,
+    facts: Sequence[DeviceFacts],
+    rank_sizes: RankSizes,
+    progress: Callable[[ProbeEvent], None] | None,
+) -> Report:
+    """Add each rank's part to a report and, where one size for all accumulates and each may have its own, the plan of those."""
+    from autobatch.ranks.agreement import describe_cards
+    from autobatch.ranks.own_sizes import find_own_sizes
+
+    ranks = tuple(RankResult(device=each.device, budget_bytes=each.memory.budget_bytes) for each in facts)
+    unlike = describe_cards(facts)
+    if rank_sizes == "same" or report.plan is None or report.plan.accumulation_steps == 1:
+        return dataclasses.replace(report, ranks=ranks, warnings=(*report.warnings, *filter(None, [unlike])))
+    plan, brackets = find_own_sizes(trials, facts, report.options, progress)
+    found = [
+        dataclasses.replace(rank, max_micro_batch_size=bracket.fits, smallest_failing=bracket.fails)
+        for rank, bracket in zip(ranks, brackets, strict=True)
+    ]
+    return dataclasses.replace(report, plan=plan, ranks=tuple(found))
 
 
 def _open_link(options: dict[str, Any]) -> RankLink:
@@ -182,23 +248,6 @@ def _open_link(options: dict[str, Any]) -> RankLink:
     limit = options.get("trial_timeout", _DEFAULTS["trial_timeout"])
     is_time = isinstance(limit, (int, float)) and limit > 0
     return RankLink(float(limit) if is_time else None)  # what is no time is refused with the other options
-
-
-def _rank_options(target: int, options: dict[str, Any], link: RankLink, cache: CacheUse) -> ProbeOptions:
-    """The options, with as many ranks as there are unless fewer hold the data.
-
-    Raises:
-        UsageError: other ranks than there are, or a cache.
-    """
-    if cache != "off":
-        raise UsageError(f"cache={cache!r} is not there for several ranks yet: leave it out, or cache='off'")
-    asked = _options(target, {"world_size": link.world_size, **options})
-    if link.world_size % asked.world_size:
-        raise UsageError(
-            f"world_size {asked.world_size} does not divide the {link.world_size} ranks that run: leave it out, or give those "
-            "that see data of their own (ranks that share a model's layers see the same)"
-        )
-    return asked
 
 
 def probe_on(

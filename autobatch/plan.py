@@ -10,7 +10,7 @@ from autobatch.errors import PlanError, UsageError
 from autobatch.units import format_percent, parse_fraction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["LARGEST_LISTING", "LARGEST_TARGET", "SPLITS", "Plan", "Split", "make_plan"]
 
@@ -107,11 +107,24 @@ class Plan:
         mixed. Gradients are alive from the second micro-batch on, so the larger size comes second
         where any rank runs it after another micro-batch, and first where it only ever opens a window.
         """
-        if self.accumulation_steps == 1:
-            return (self.micro_batch_size,)
-        large, small = self.sizes[0], self.sizes[-1]
-        ranks = set(self.rank_micro_batch_sizes or (self.micro_batch_sizes,))
-        return (small, large) if any(large in sizes[1:] for sizes in ranks) else (large, small)
+        return _confirming(self.rank_micro_batch_sizes or (self.micro_batch_sizes,))
+
+    @property
+    def rank_confirmation_windows(self) -> tuple[tuple[int, ...], ...]:
+        """For each rank, the window whose trial confirms every size that this rank runs."""
+        return tuple(
+            _confirming((sizes,))
+            for sizes in self.rank_micro_batch_sizes or (self.micro_batch_sizes,) * self.world_size
+        )
+
+
+def _confirming(windows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The window whose trial confirms every size of windows that run alike, as `Plan.confirmation_window` says."""
+    sizes = {size for window in windows for size in window}
+    large, small = max(sizes), min(sizes)
+    if len(windows[0]) == 1:
+        return (large,)
+    return (small, large) if any(large in window[1:] for window in set(map(tuple, windows))) else (large, small)
 
 
 @dataclass(frozen=True, kw_only=True)

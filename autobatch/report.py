@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from autobatch.errors import UsageError
@@ -23,6 +23,7 @@ __all__ = [
     "Cached",
     "Device",
     "Memory",
+    "RankResult",
     "Report",
     "Versions",
     "describe_age",
@@ -106,6 +107,25 @@ class Cached:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """What a probe of several ranks found on one of them."""
+
+    device: Device
+    budget_bytes: int
+    """What a trial might use there."""
+    max_micro_batch_size: int | None = None
+    """The largest size in samples that fitted there, where each rank was searched for its own; else None."""
+    smallest_failing: int | None = None
+    """The smallest size in samples that failed there, where each rank was searched for its own; else None."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("budget_bytes", 0), ("max_micro_batch_size", 1), ("smallest_failing", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} is below {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a probe found.
 
@@ -155,6 +175,9 @@ class Report:
     """What the reader should know, one line each."""
     cached: Cached | None = None
     """What was known before; None where every trial ran in this probe."""
+    ranks: tuple[RankResult, ...] | None = field(default=None, metadata={"omit_none": True})
+    """Each rank of a probe that several ran together; the report's own device, memory, trials and maximum are those of the
+    rank that bounds all, its plan may go beyond where ranks have sizes of their own. None where one process probed."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -173,8 +196,11 @@ class Report:
             return
         if largest < 1:
             raise ValueError(f"max_micro_batch_size {largest} is below 1; where nothing fits it is None")
-        if self.plan is not None and self.plan.micro_batch_size > largest:
-            raise ValueError(f"the plan takes {self.plan.micro_batch_size}, above max_micro_batch_size {largest}")
+        own = [rank.max_micro_batch_size for rank in self.ranks or () if rank.max_micro_batch_size is not None]
+        if self.plan is not None and self.plan.micro_batch_size > max([largest, *own]):
+            raise ValueError(
+                f"the plan takes {self.plan.micro_batch_size}, above max_micro_batch_size {max([largest, *own])}"
+            )
         if self.ceiling_reached and self.smallest_failing is not None:
             raise ValueError(f"ceiling_reached, but smallest_failing is {self.smallest_failing}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import script_environment
 
 import autobatch
 from autobatch import errors
@@ -113,6 +114,25 @@ def test_the_library_example_trains(own_words: dict[str, Any]):
 def test_the_job_example_makes_gradients(own_words: dict[str, Any]):
     """The factory makes a job whose micro-step runs forward and backward."""
     assert own_words["gradients"]
+
+
+def test_the_example_of_several_ranks_runs(scripts: ScriptRunner, tmp_path: Path):
+    """Two ranks under torchrun on cards that differ: one plan, of the smaller card, said once."""
+    path = tmp_path / "train_ranks.py"
+    path.write_text(block("python", "# train_ranks.py"))
+    with scripts.open("L4", "T4") as machine:
+        run = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(path)],
+            env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = run.stdout.strip().splitlines()
+    assert len(said) == 1
+    name, world_size, size, steps = said[0].rsplit(maxsplit=3)
+    assert (name, world_size) == ("Tesla T4", "2")
+    assert int(size) * int(steps) * 2 == 4096
+    assert int(steps) > 1
 
 
 def test_the_accumulation_example_trains_and_is_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -34,21 +34,24 @@ class Question:
     num_parameters: int
     """Elements of the optimizers' parameters, whole ones where each rank holds a part."""
     options: tuple[tuple[str, Any], ...]
+    rank_sizes: str
 
     @classmethod
-    def of(cls, workload: str, job: TrainingJob, options: ProbeOptions) -> Question:
+    def of(cls, job: TrainingJob, options: ProbeOptions, *, workload: str, rank_sizes: str) -> Question:
         """What this rank asks."""
         asked = dataclasses.asdict(options)
         groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
         return cls(
             workload=workload,
+            rank_sizes=rank_sizes,
             num_parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
             options=tuple((name, value) for name, value in asked.items() if name not in _RANKS_OWN),
         )
 
     def named(self) -> dict[str, Any]:
         """Everything in it by the name that its asker knows."""
-        return {**dict(self.options), "workload": self.workload, "parameters to train": self.num_parameters}
+        own = {"workload": self.workload, "rank_sizes": self.rank_sizes, "parameters to train": self.num_parameters}
+        return {**dict(self.options), **own}
 
 
 def check_same_question(questions: Sequence[Question]) -> None:

@@ -50,6 +50,8 @@ class RankTrials:
         """
         self._local, self._link = local, link
         self._facts = weakest(facts)
+        self.history: list[list[Trial]] = [[] for _ in facts]
+        """The trials that each rank brought to an end, in the order in which they ran."""
         self._prepared = False
         self._deadline_seconds = deadline_seconds
         self._deadline = None if deadline_seconds is None else time.monotonic() + deadline_seconds
@@ -66,14 +68,23 @@ class RankTrials:
             WorkloadError: the job failed on a rank, which is named, but not for want of memory; or a rank is gone.
             BusyError: others kept taking memory, or the deadline passed.
         """
-        return try_beside_tenants(lambda: self._attempt(tuple(window), confirmation=confirmation))
+        return self.run_windows((tuple(window),) * self._link.world_size, confirmation=confirmation)
+
+    def run_windows(self, windows: Sequence[tuple[int, ...]], *, confirmation: bool) -> Trial:
+        """Run one trial in which each rank has a window of its own, all as long; raises as `run_trial`.
+
+        Returns:
+            The trial of the rank with which it went worst; `history` has all of them.
+        """
+        return try_beside_tenants(lambda: self._attempt(windows, confirmation=confirmation))
 
     def remarks(self) -> AnswerRemarks:
         """What is to be said of the answer: of this rank's job, as all run the same."""
         return self._local.remarks()
 
-    def _attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
-        self._check_next(window)
+    def _attempt(self, windows: Sequence[tuple[int, ...]], *, confirmation: bool) -> tuple[Trial, int]:
+        self._check_next(windows)
+        window = windows[self._link.rank]
         if not self._prepared:
             self._prepared = True
             with CollectiveGate(self._link) as gate:
@@ -81,10 +92,14 @@ class RankTrials:
                 gate.finish(
                     failed=True
                 )  # whoever is done first ends it for all: a failure shows in the trial that follows
-        trial, growth, error = self._run_gated(window, confirmation=confirmation)
-        answers = self._link.exchange((trial, growth, error))
+        trial, taken, error = self._run_gated(window, confirmation=confirmation)
+        answers = self._link.exchange((trial, taken, error))
         raise_first(error, [other for _, _, other in answers])
-        return worst([each for each, _, _ in answers]), max(taken for _, taken, _ in answers)
+        trials, growth = [each for each, _, _ in answers], max(taken for _, taken, _ in answers)
+        if not growth or all(each is not None and each.fits for each in trials):  # else it is tried again
+            for history, each in zip(self.history, trials, strict=True):
+                history.extend([each] if each is not None else [])
+        return worst(trials), growth
 
     def _run_gated(
         self, window: tuple[int, ...], *, confirmation: bool
@@ -101,7 +116,7 @@ class RankTrials:
             return None, growth, None
         return trial, growth, error
 
-    def _check_next(self, window: tuple[int, ...]) -> None:
+    def _check_next(self, windows: Sequence[tuple[int, ...]]) -> None:
         """Make sure that all ranks are about to run the same, and that there is time left.
 
         Raises:
@@ -109,13 +124,11 @@ class RankTrials:
             BusyError: there is not.
         """
         is_late = self._deadline is not None and time.monotonic() > self._deadline
-        said = self._link.compare(zlib.crc32(repr(window).encode()), len(window), max(window), is_late)
-        for rank, numbers in enumerate(said):
-            if numbers[:3] != said[0][:3]:
-                raise WorkloadError(
-                    f"rank 0 is about to try micro-batch {said[0][2]} and rank {rank} {numbers[2]}: the ranks decided "
-                    "differently on the same trials, which is a fault of autobatch; please report it"
-                )
-        late = [rank for rank, numbers in enumerate(said) if numbers[3]]
+        said = self._link.compare(zlib.crc32(repr(list(windows)).encode()), is_late)
+        if len({chosen for chosen, _ in said}) > 1:
+            raise WorkloadError(
+                "the ranks decided differently on the same trials, which is a fault of autobatch: please report it"
+            )
+        late = [rank for rank, (_, is_late) in enumerate(said) if is_late]
         if late:
             raise BusyError(f"the deadline of {self._deadline_seconds:g} s passed on rank {late[0]}: give it more")

@@ -45,7 +45,7 @@ def _complete(document: dict[str, Any]) -> None:
     # Every route answers 422 with a problem document; FastAPI's own form is never sent.
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for name in ("Device", "Memory", "Plan", "ProbeOptions", "Report", "Trial", "Versions"):
+    for name in ("Cached", "Device", "Memory", "Plan", "ProbeOptions", "RankResult", "Report", "Trial", "Versions"):
         # The library's own forms: what a later version of it adds is ignored where it is sent here.
         schemas[name].pop("additionalProperties", None)
     for schema in _integers_of([schemas, document["paths"]]):

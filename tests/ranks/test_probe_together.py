@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import autobatch
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "probe_together.py"
 
@@ -44,13 +46,14 @@ def play(folder: Path, *scenes: str, python: str = sys.executable, waits_for: tu
 
 AGREE = [f"{wrapper}-{where}" for wrapper in ("ddp", "fsdp2") for where in ("forward", "backward")]
 QUESTIONS = ["target", "workload", "mixed", "same-card", "world", "cache", "malformed"]
+OWN = ["own", "own-backward", "own-even", "own-of-one"]
 FAULTS = ["swallows", "breaks", "one-more", "late"]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """All that the same processes can play one after the other, the death of rank 1 at the end."""
-    return play(tmp_path_factory.mktemp("ranks"), *AGREE, *QUESTIONS, *FAULTS, "dies", waits_for=(0, 2))
+    return play(tmp_path_factory.mktemp("ranks"), *AGREE, *QUESTIONS, *OWN, *FAULTS, "dies", waits_for=(0, 2))
 
 
 @pytest.mark.parametrize("scene", AGREE)
@@ -68,6 +71,24 @@ def test_a_rank_that_runs_out_ends_the_trial_for_all(said: list[Any], scene: str
     assert all(answer["unchanged"] and answer["trains_on"] for answer in answers)
 
 
+@pytest.mark.parametrize("scene", ["own", "own-backward"])
+def test_each_rank_finds_its_own_size(said: list[Any], scene: str) -> None:
+    """Cards of 1000, 700 and 900 MiB take 900, 600 and 800 samples, and share 5001 in three steps in that proportion."""
+    reports = [rank[scene] for rank in said]
+    assert reports[0] == reports[1] == reports[2]
+    ranks = reports[0]["ranks"]
+    assert [(rank["max_micro_batch_size"], rank["smallest_failing"]) for rank in ranks] == [
+        (900, 901),
+        (600, 601),
+        (800, 801),
+    ]
+    plan = reports[0]["plan"]
+    assert [sum(sizes) for sizes in plan["rank_micro_batch_sizes"]] == [1957, 1305, 1739]
+    assert (plan["effective_batch_size"], plan["accumulation_steps"], plan["split"]) == (5001, 3, "balanced")
+    assert reports[0]["max_micro_batch_size"] == 600  # for all alike, as its trials show
+    assert autobatch.Report.from_dict(reports[0]).to_dict() == reports[0]
+
+
 def test_a_job_that_catches_what_stopped_it_is_stopped_all_the_same(said: list[Any]) -> None:
     """Each further collective is refused, and what came of the trial on that rank does not count."""
     assert [rank["swallows"]["max_micro_batch_size"] for rank in said] == [600] * 3
@@ -82,6 +103,8 @@ def test_a_job_that_catches_what_stopped_it_is_stopped_all_the_same(said: list[A
         ("same-card", "UsageError", "ranks 0 and 2 are on the same scripted (GPU-x)"),
         ("world", "UsageError", "world_size 2 does not divide the 3 ranks that run"),
         ("cache", "UsageError", "cache='confirm' is not there for several ranks yet"),
+        ("own-even", "UsageError", "rank_sizes='own' mixes sizes, and split is 'even': give split='balanced' too"),
+        ("own-of-one", "UsageError", "rank 0 has rank_sizes 'same' and rank 1 has 'own'"),
         ("one-more", "WorkloadError", "rank 0 ended its trial while rank 1 came to one more collective"),
         ("late", "BusyError", "the deadline of 0.2 s passed on rank 0"),
     ],

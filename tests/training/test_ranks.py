@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autobatch import UsageError, make_plan
+from autobatch import Plan, UsageError, make_plan, make_rank_plan
 from autobatch.training.accumulator import Accumulator
 from autobatch.training.ranks import gradients_of
 
@@ -41,11 +41,11 @@ def flat(model: nn.Module) -> torch.Tensor:
 class Rank:
     """One of two ranks, with a wrapped model whose gradients and all-reduces are watched."""
 
-    def __init__(self, wrapped: nn.Module, target: int, **more: Any) -> None:
+    def __init__(self, wrapped: nn.Module, target: int, plan: Plan | None = None, **more: Any) -> None:
         self.model, self.seen = wrapped, list[torch.Tensor]()
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: self.seen.append(flat(wrapped)))
-        plan = make_plan(target=target, max_micro_batch_size=2, world_size=2, split="balanced")
+        plan = plan or make_plan(target=target, max_micro_batch_size=2, world_size=2, split="balanced")
         self.accumulator = Accumulator(plan, model=wrapped, optimizer=optimizer, **more)
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,6 +83,10 @@ def ddp_figures(rank: int) -> dict[str, Any]:
     unequal = Rank(wrapped, SAMPLES)
     unequal.accumulator.step(x[:6] if rank == 0 else x[6:], unequal.loss)
     figures: dict[str, Any] = {"unequal": unequal.difference(x), "buckets": len(reduces)}
+    # A rank with three times the room of the other takes 3, 3 and 2 samples beside 1, 1 and 1.
+    own = Rank(wrapped, SAMPLES, make_rank_plan(target=SAMPLES, max_micro_batch_sizes=[3, 1]))
+    own.accumulator.step(x[:8] if rank == 0 else x[8:], own.loss)
+    figures["own_sizes"] = own.difference(x)
     streamed = Rank(wrapped, 8, count=lambda part: len(part) * 5)
     for piece in (x[:4] if rank == 0 else x[4:8]).split(2):
         streamed.accumulator.add(piece, streamed.loss)
@@ -257,6 +261,7 @@ def test_ddp_equals_one_process(ranks: list[dict[str, Any]]) -> None:
     """Six samples on one rank and five on the other; micro-batches one by one with counts of their own; to 1e-12."""
     for rank in ranks:
         assert rank["ddp"]["unequal"] <= 1e-12
+        assert rank["ddp"]["own_sizes"] <= 1e-12
         assert rank["ddp"]["streamed"] <= 1e-12
 
 

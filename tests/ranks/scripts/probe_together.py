@@ -120,6 +120,12 @@ def agree(wrapper: str, where: str) -> Any:
     return {"report": report, "unchanged": unchanged, "trains_on": job.whole_weights() == twin.whole_weights()}
 
 
+def own_sizes(where: str) -> Any:
+    """Each rank its own size, of a target that needs several steps."""
+    memory = fresh()
+    return probe(Job(memory, "ddp", where), memory, split="balanced", rank_sizes="own", target=5001)
+
+
 def swallows() -> Any:
     """A job that catches whatever its pass raises and goes on."""
     memory = fresh()
@@ -216,6 +222,10 @@ SCENES: dict[str, Callable[[], Any]] = {
         for wrapper in ("ddp", "fsdp2")
         for where in ("forward", "backward")
     },
+    "own": lambda: own_sizes("forward"),
+    "own-backward": lambda: own_sizes("backward"),
+    "own-even": lambda: differs("own-even", rank_sizes=("own",) * 3),
+    "own-of-one": lambda: differs("own-of-one", rank_sizes=("same", "own", "same"), split=("balanced",) * 3),
     "swallows": swallows,
     "target": lambda: differs("target", target=(3072, 3072, 96)),
     "workload": lambda: differs("workload", workload=("a", "b", "a")),
