@@ -104,6 +104,16 @@ class IsolatedTrials:
             raise RuntimeError("the child process was not started: use IsolatedTrials as a context manager")
         return self._facts
 
+    def move_to(self, options: ProbeOptions) -> None:
+        """Go on, in the same child, with another question on another device; what was looked at of the job stays known.
+
+        Raises:
+            AutobatchError: the device cannot be opened; the child is of no more use then.
+        """
+        self._options = options
+        self._send(open=to_json_form(options))
+        self._facts = from_json_form(DeviceFacts, self._receive("the next device", _START_SECONDS)["ready"], where="ready")
+
     def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
         """Run one trial in the child.
 

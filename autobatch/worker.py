@@ -15,7 +15,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, NoGpuError, UsageError
 
 if TYPE_CHECKING:
     import io
@@ -96,9 +96,23 @@ def _serve(requests: io.TextIOWrapper, answers: io.TextIOWrapper) -> None:
 
     from autobatch.gpu.opening import open_device
 
-    with open_device(options) as device:
-        _answer(answers, ready=to_json_form(device.facts))
-        _serve_trials(requests, answers, device, options, lambda: make_job(name, _as_at_start(factory)))
+    asked: ProbeOptions | None = options
+    while asked is not None:
+        try:
+            with open_device(asked) as device:
+                _answer(answers, ready=to_json_form(device.facts))
+                asked = _serve_trials(requests, answers, device, asked, lambda: make_job(name, _as_at_start(factory)))
+        except (NoGpuError, UsageError) as error:  # of this device; another may do
+            _answer(answers, error=_describe(error))
+            asked = _next_question(requests.readline())
+
+
+def _next_question(line: str) -> ProbeOptions | None:
+    """The question on another device; None where the parent has closed its end."""
+    from autobatch.jsonform import from_json_form
+    from autobatch.options import ProbeOptions
+
+    return from_json_form(ProbeOptions, json.loads(line)["open"]) if line else None
 
 
 def _as_at_start(factory: Callable[..., object]) -> Callable[..., object]:
@@ -115,7 +129,8 @@ def _serve_trials(
     device: OpenDevice,
     options: ProbeOptions,
     make_job: Callable[[], TrainingJob],
-) -> None:
+) -> ProbeOptions | None:
+    """Run what is asked for on a device; gives the question on another one, None where there is no more to come."""
     from autobatch.cache.sources import loaded_files
     from autobatch.jsonform import to_json_form
     from autobatch.throughput import windows_per_trial
@@ -126,6 +141,8 @@ def _serve_trials(
     runner = TrialRunner(make_job, device.memory, min_windows=windows_per_trial(options), timed=not emulated)
     for line in requests:
         request = json.loads(line)
+        if "open" in request:
+            return _next_question(line)
         if "inspect" in request:
             _answer(answers, inspection=to_json_form(inspect_job(make_job, device.memory, request["inspect"])))
             continue
@@ -134,6 +151,7 @@ def _serve_trials(
             continue
         trial = runner(tuple(request["window"]), confirmation=request["confirmation"])
         _answer(answers, trial=to_json_form(trial))
+    return None
 
 
 if __name__ == "__main__":

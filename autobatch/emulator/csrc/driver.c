@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 static _Thread_local int current_ordinal;
 
@@ -211,13 +210,9 @@ ABG_EXPORT CUresult cuDevicePrimaryCtxRetain(void **context, CUdevice device) {
 ABG_EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) { return abg_device_at(device) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE; }
 
 ABG_EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
-    abg_machine *machine = abg_get_machine();
-    int index = abg_visible_device(device);
-    if (index < 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (abg_visible_device(device) < 0) return CUDA_ERROR_INVALID_DEVICE;
     if (flags) *flags = 0;
-    *active = 0;
-    for (int i = 0; i < ABG_MAX_PROCESSES; i++)
-        if (machine->processes[i].pid == (uint32_t)getpid()) *active = (machine->processes[i].has_context >> index) & 1;
+    *active = abg_has_context(device); /* asked whenever torch changes the device: no system call, no lock */
     return CUDA_SUCCESS;
 }
 

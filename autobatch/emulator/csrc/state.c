@@ -252,11 +252,14 @@ void abg_discharge(int ordinal, uint64_t bytes) {
     unlock_machine();
 }
 
-int abg_ensure_context(int ordinal) {
+int abg_has_context(int ordinal) {
     int index = abg_visible_device(ordinal);
     const abg_process *slot = own_slot;
-    if (index >= 0 && slot && (__atomic_load_n(&slot->has_context, __ATOMIC_ACQUIRE) & (1u << index))) return ABG_OK;
-    return abg_charge(ordinal, 0);
+    return index >= 0 && slot && (__atomic_load_n(&slot->has_context, __ATOMIC_ACQUIRE) & (1u << index));
+}
+
+int abg_ensure_context(int ordinal) {
+    return abg_has_context(ordinal) ? ABG_OK : abg_charge(ordinal, 0);
 }
 
 uint64_t abg_used_bytes(int index) {

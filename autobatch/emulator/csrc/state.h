@@ -73,6 +73,8 @@ ABG_EXPORT abg_machine *abg_get_machine(void);
 ABG_EXPORT int abg_visible_count(void);
 ABG_EXPORT int abg_visible_device(int ordinal);
 ABG_EXPORT const abg_device *abg_device_at(int ordinal);
+/* Whether this process has a context on the device; made by the second where it has none. */
+ABG_EXPORT int abg_has_context(int ordinal);
 ABG_EXPORT int abg_ensure_context(int ordinal);
 ABG_EXPORT int abg_memory_info(int ordinal, uint64_t *free_bytes, uint64_t *total_bytes);
 /* Bytes of every live process and tenant on the machine's device `index`. */
