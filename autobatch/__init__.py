@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from autobatch.lengths import LengthEntry, LengthTable
     from autobatch.library import probe
     from autobatch.options import ProbeOptions
+    from autobatch.placement import Candidate, Placement, PlacementTable, placement_key
     from autobatch.plan import Plan, make_plan
-    from autobatch.present.plot import check_plot_path, draw_report, report_svg
+    from autobatch.present.plot import check_plot_path, draw_placements, draw_report, report_svg
     from autobatch.probing import Noted, ProbeEvent, TrialEnded, TrialStarted
+    from autobatch.ranking import placements
     from autobatch.rankplan import make_rank_plan
     from autobatch.report import Report
     from autobatch.snapshot import Snapshot, state_hash
@@ -54,6 +56,7 @@ __all__ = [
     "Bound",
     "BuiltinWorkload",
     "BusyError",
+    "Candidate",
     "Card",
     "Cause",
     "DeviceFacts",
@@ -67,6 +70,8 @@ __all__ = [
     "Noted",
     "NothingFitsError",
     "Outcome",
+    "Placement",
+    "PlacementTable",
     "Plan",
     "PlanBatchSampler",
     "PlanError",
@@ -92,6 +97,7 @@ __all__ = [
     "builtin_workloads",
     "check_equivalence",
     "check_plot_path",
+    "draw_placements",
     "draw_report",
     "find_card",
     "find_presence",
@@ -99,6 +105,8 @@ __all__ = [
     "load_catalogue",
     "make_plan",
     "make_rank_plan",
+    "placement_key",
+    "placements",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -155,6 +163,7 @@ _HOMES = {
     ),
     "present.plot": (
         "check_plot_path",
+        "draw_placements",
         "draw_report",
         "report_svg",
     ),
@@ -177,7 +186,9 @@ _HOMES = {
     "facts": ("DeviceFacts",),
     "library": ("probe",),
     "options": ("ProbeOptions",),
+    "placement": ("Candidate", "Placement", "PlacementTable", "placement_key"),
     "plan": ("Plan", "make_plan"),
+    "ranking": ("placements",),
     "rankplan": ("make_rank_plan",),
     "probing": ("Noted", "ProbeEvent", "TrialEnded", "TrialStarted"),
     "report": ("Report",),

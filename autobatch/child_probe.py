@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from autobatch.cache.uses import CacheUse
     from autobatch.command.template import CommandTemplate
     from autobatch.emulator.machine import EmulatedMachine
+    from autobatch.isolation import IsolatedTrials
     from autobatch.lengths import LengthTable
     from autobatch.probing import ProbeEvent
     from autobatch.report import Report
 
-__all__ = ["check_job", "probe_command", "probe_lengths", "probe_workload"]
+__all__ = ["CardProbes", "CardsOfOneMachine", "check_job", "probe_command", "probe_lengths", "probe_workload"]
 
 # As many as one machine has; ranks beyond it are on other machines.
 _MOST_CARDS = 8
@@ -184,6 +185,155 @@ def check_job(
     subject.options(lengths=lengths, **vars(options))
 
 
+class CardProbes:
+    """Probes of one job on several kinds of emulated cards."""
+
+    def __init__(
+        self,
+        job: str | Sequence[str],
+        *,
+        edits: Sequence[str],
+        environment: Mapping[str, str] | None,
+        show_output: bool,
+        cache: CacheUse,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Prepare the probes.
+
+        Args:
+            job: a workload's name, or a command.
+            edits: as for `probe_command`.
+            environment: the children's environment variables; this process's own where None.
+            show_output: whether what the job prints goes to standard error.
+            cache: what the cache is for.
+            options: fields of `ProbeOptions` that are the same on every card, `target` among them.
+
+        Raises:
+            UsageError: the job has no meaning.
+        """
+        self._subject = _subject(job, edits, show_output=show_output)
+        self._asked = _Asked.of(environment, None, cache)
+        self._options = dict(options)
+        self._children: list[IsolatedTrials] = []
+
+    @property
+    def name(self) -> str:
+        """The job's name, for people."""
+        return self._subject.name
+
+    @property
+    def is_command(self) -> bool:
+        """Whether the job is a command, of which each trial is a process of its own."""
+        return isinstance(self._subject, _Command)
+
+    @property
+    def target(self) -> int:
+        """Samples per optimizer step."""
+        return int(self._options["target"])
+
+    @property
+    def cards_at_once(self) -> int:
+        """Cards that may stand in one machine."""
+        from autobatch.emulator.machine import MOST_DEVICES
+
+        return 1 if self.is_command else MOST_DEVICES
+
+    def options(self, gpu: str, count: int) -> ProbeOptions:
+        """The question on so many cards of a kind.
+
+        Raises:
+            UsageError, PlanError: it has no meaning, or the target cannot be hit.
+        """
+        return self._subject.options(**self._options, emulate=gpu, world_size=count)
+
+    def trusted(self, options: ProbeOptions) -> Report | None:
+        """The answer without a trial, where the cache is trusted and has it."""
+        return self._subject.consultation(options, self._asked).trusted_report(self._asked.environment)
+
+    @contextlib.contextmanager
+    def machine(self, gpus: Sequence[str]) -> Iterator[CardsOfOneMachine]:
+        """A machine with these cards, to be probed one after the other."""
+        if isinstance(self._subject, _Command):
+            yield _OneCommand(self._subject, self._asked)
+            return
+        from autobatch.emulator.launch import open_machine
+        from autobatch.gpu.opening import check_torch_build
+
+        check_torch_build()
+        tenant_bytes = self.options(gpus[0], 1).tenant_bytes
+        with open_machine(gpus, tenant_bytes=tenant_bytes) as machine, contextlib.ExitStack() as stack:
+            yield _SharedChild(self._subject, self._asked, machine, stack, self._children)
+
+    def end_children(self) -> None:
+        """End every child, from another thread than those that wait for them."""
+        for child in list(self._children):
+            child.end_child()
+
+
+class CardsOfOneMachine(Protocol):
+    """Cards that stand in one machine."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the next of them can be probed."""
+
+    def probe(self, index: int, options: ProbeOptions, *, first: int | None) -> Report:
+        """Probe on the card of this number; raises as `probe_workload` does."""
+
+
+@dataclass
+class _SharedChild:
+    """One child process that probes on one card after the other."""
+
+    subject: _Workload
+    asked: _Asked
+    machine: EmulatedMachine
+    stack: contextlib.ExitStack
+    """Ends the child."""
+    children: list[IsolatedTrials]
+    """Where it is entered, for whoever must end it meanwhile."""
+    trials: IsolatedTrials | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.trials is None or self.trials.is_alive
+
+    def probe(self, index: int, options: ProbeOptions, *, first: int | None) -> Report:
+        import dataclasses
+
+        from autobatch.isolation import IsolatedTrials
+
+        # As if the card were the only one, but for where it stands.
+        here = dataclasses.replace(options, emulate=None, tenant=0, device=f"cuda:{index}")
+        if self.trials is None:
+            trials = IsolatedTrials(
+                self.subject.name,
+                here,
+                environment=self.machine.environment(self.asked.environment),
+                machine=self.machine,
+                show_output=self.subject.show_output,
+            )
+            self.children.append(trials)
+            self.trials = self.stack.enter_context(trials)
+        else:
+            self.trials.move_to(here)
+        consultation = self.subject.consultation(options, self.asked)
+        return _conduct(self.trials, options, self.asked, consultation, workload=self.subject.name, first=first)
+
+
+@dataclass(frozen=True)
+class _OneCommand:
+    """A command, of which each trial is a process of its own."""
+
+    subject: _Command
+    asked: _Asked
+    is_alive = True
+
+    def probe(self, index: int, options: ProbeOptions, *, first: int | None) -> Report:
+        del index
+        return self.subject.probe(options, self.asked, first=first)
+
+
 def _subject(job: str | Sequence[str], edits: Sequence[str], *, show_output: bool) -> _Workload | _Command:
     if isinstance(job, str):
         return _Workload(name=job, show_output=show_output)
@@ -209,6 +359,12 @@ class _Workload:
         WorkloadName.parse(self._at(lengths[0] if lengths else None))
         return _checked(ProbeOptions(**options))
 
+    def consultation(self, options: ProbeOptions, asked: _Asked, *, seq_len: int | None = None) -> Consultation:
+        from autobatch.cache.consultation import Consultation
+        from autobatch.cache.identity import workload_identity
+
+        return Consultation(workload_identity(self._at(seq_len)), options, asked.cache, asked.progress)
+
     def _at(self, seq_len: int | None) -> str:
         from autobatch.lengths import LENGTH_PLACE
 
@@ -217,12 +373,10 @@ class _Workload:
     def probe(
         self, options: ProbeOptions, asked: _Asked, *, first: int | None = None, seq_len: int | None = None
     ) -> Report:
-        from autobatch.cache.consultation import Consultation
-        from autobatch.cache.identity import workload_identity
         from autobatch.isolation import IsolatedTrials
 
         name = self._at(seq_len)
-        consultation = Consultation(workload_identity(name), options, asked.cache, asked.progress)
+        consultation = self.consultation(options, asked, seq_len=seq_len)
         if (report := consultation.trusted_report(asked.environment)) is not None:
             return report
         with _surroundings(options, asked.environment) as (surroundings, machine):
@@ -251,15 +405,22 @@ class _Command:
         self.template.check_options(asked, lengths=lengths)
         return _checked(asked)
 
+    @property
+    def name(self) -> str:
+        return self.template.text
+
+    def consultation(self, options: ProbeOptions, asked: _Asked, *, seq_len: int | None = None) -> Consultation:
+        from autobatch.cache.consultation import Consultation
+        from autobatch.cache.identity import command_identity
+
+        return Consultation(command_identity(self.template, options, seq_len), options, asked.cache, asked.progress)
+
     def probe(
         self, options: ProbeOptions, asked: _Asked, *, first: int | None = None, seq_len: int | None = None
     ) -> Report:
-        from autobatch.cache.consultation import Consultation
-        from autobatch.cache.identity import command_identity
         from autobatch.command.trials import CommandTrials
 
-        identity = command_identity(self.template, options, seq_len)
-        consultation = Consultation(identity, options, asked.cache, asked.progress)
+        consultation = self.consultation(options, asked, seq_len=seq_len)
         if (report := consultation.trusted_report(asked.environment)) is not None:
             return report
         # Only its first trial shows the command's device: it is the one that what is remembered would be confirmed by.

@@ -104,6 +104,18 @@ class IsolatedTrials:
             raise RuntimeError("the child process was not started: use IsolatedTrials as a context manager")
         return self._facts
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the child can be asked anything more."""
+        return self._process is not None and self._process.poll() is None
+
+    def end_child(self) -> None:
+        """End the child from another thread: what waits for it raises `WorkloadError`."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def move_to(self, options: ProbeOptions) -> None:
         """Go on, in the same child, with another question on another device; what was looked at of the job stays known.
 
@@ -111,8 +123,11 @@ class IsolatedTrials:
             AutobatchError: the device cannot be opened; the child is of no more use then.
         """
         self._options = options
+        self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
         self._send(open=to_json_form(options))
-        self._facts = from_json_form(DeviceFacts, self._receive("the next device", _START_SECONDS)["ready"], where="ready")
+        self._facts = from_json_form(
+            DeviceFacts, self._receive("the next device", _START_SECONDS)["ready"], where="ready"
+        )
 
     def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
         """Run one trial in the child.

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from autobatch.emulator.build import Libraries
     from autobatch.gpu.catalogue import Card
 
-__all__ = ["DRIVER_VERSION", "EmulatedMachine", "check_tenant"]
+__all__ = ["DRIVER_VERSION", "MOST_DEVICES", "EmulatedMachine", "check_tenant"]
 
 DRIVER_VERSION = "0.0.emulated"
 """What NVML gives as the driver's version on an emulated card: no driver is there."""
 
 _MAGIC = 0x55504742
 _LAYOUT_VERSION = 2
-_MAX_DEVICES = 16
+MOST_DEVICES = 16
+"""Cards that one machine may have."""
 _MAX_PROCESSES = 256
 _MAX_UNSUPPORTED = 64
 _PREFIX = "autobatch-gpu-"
@@ -65,7 +66,7 @@ class _Process(ctypes.Structure):
         ("pid", ctypes.c_uint32),
         ("has_context", ctypes.c_uint32),
         ("start_time", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64 * _MAX_DEVICES),
+        ("bytes", ctypes.c_uint64 * MOST_DEVICES),
     )
 
 
@@ -79,7 +80,7 @@ class _Machine(ctypes.Structure):
         ("owner_pid", ctypes.c_uint32),
         ("unsupported_count", ctypes.c_uint32),
         ("unsupported", (ctypes.c_char * 64) * _MAX_UNSUPPORTED),
-        ("devices", _Device * _MAX_DEVICES),
+        ("devices", _Device * MOST_DEVICES),
         ("processes", _Process * _MAX_PROCESSES),
         ("lock", ctypes.c_uint64 * 16),
     )
@@ -117,8 +118,8 @@ class EmulatedMachine:
             UsageError: there are no cards or too many, or the tenant is larger than a card.
             EmulatorError: shared memory cannot be had, or the libraries are of another version.
         """
-        if not 1 <= len(cards) <= _MAX_DEVICES:
-            raise UsageError(f"{len(cards)} emulated cards asked for: between 1 and {_MAX_DEVICES} can be had")
+        if not 1 <= len(cards) <= MOST_DEVICES:
+            raise UsageError(f"{len(cards)} emulated cards asked for: between 1 and {MOST_DEVICES} can be had")
         for card in cards:
             check_tenant(card, tenant_bytes)
         self.cards = tuple(cards)

@@ -14,13 +14,15 @@ from autobatch.present.svg import fit_for_page
 from autobatch.present.themes import THEMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
 
+    from autobatch.placement import PlacementTable
     from autobatch.report import Report
 
-__all__ = ["check_plot_path", "draw_report", "report_svg"]
+__all__ = ["check_plot_path", "draw_placements", "draw_report", "report_svg"]
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -67,7 +69,28 @@ def draw_report(report: Report, path: str | Path) -> None:
     """
     check_plot_path(path)
     form = Path(path).suffix.lower()[1:]
-    content = _rendered_svg(report, "light", opaque=True) if form == "svg" else _rendered(report, "light", form)
+    _write(
+        path, _rendered_svg(report, "light", opaque=True) if form == "svg" else _rendered(_curve(report, "light"), form)
+    )
+
+
+def draw_placements(table: PlacementTable, path: str | Path) -> None:
+    """Draw a ranking into a file, whose suffix says the format; whole or not at all, as `draw_report`.
+
+    Args:
+        table: what `placements` found.
+        path: ends in `.png`, `.svg` or `.pdf`; in an existing folder.
+
+    Raises:
+        UsageError, UnavailableError: as `draw_report`.
+    """
+    from autobatch.present.placements_plot import placements_figure
+
+    check_plot_path(path)
+    _write(path, _rendered(lambda: placements_figure(table, THEMES["light"]), Path(path).suffix.lower()[1:]))
+
+
+def _write(path: str | Path, content: bytes) -> None:
     try:
         # What a link names is replaced rather than the link.
         _replace(Path(path).resolve(), content)
@@ -130,7 +153,11 @@ def _own_settings() -> Iterator[None]:
         yield
 
 
-def _rendered(report: Report, theme: str, form: str, *, opaque: bool = True) -> bytes:
+def _curve(report: Report, theme: str) -> Callable[[], Figure]:
+    return lambda: Picture(report, THEMES[theme]).figure
+
+
+def _rendered(make_figure: Callable[[], Figure], form: str, *, opaque: bool = True) -> bytes:
     """Draw in one of matplotlib's forms; no date goes in, so that the same report gives the same bytes."""
     import io
 
@@ -146,7 +173,7 @@ def _rendered(report: Report, theme: str, form: str, *, opaque: bool = True) -> 
     }
     canvas, metadata = canvases[form]
     with _own_settings(), io.BytesIO() as buffer:
-        figure = Picture(report, THEMES[theme]).figure
+        figure = make_figure()
         figure.patch.set_alpha(1.0 if opaque else 0.0)
         canvas(figure).print_figure(buffer, format=form, dpi=200, facecolor="auto", metadata=metadata)
         return buffer.getvalue()
@@ -154,4 +181,4 @@ def _rendered(report: Report, theme: str, form: str, *, opaque: bool = True) -> 
 
 def _rendered_svg(report: Report, theme: str, *, opaque: bool) -> bytes:
     """Draw as one SVG element."""
-    return fit_for_page(_rendered(report, theme, "svg", opaque=opaque), report, theme, opaque=opaque)
+    return fit_for_page(_rendered(_curve(report, theme), "svg", opaque=opaque), report, theme, opaque=opaque)

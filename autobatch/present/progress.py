@@ -17,10 +17,53 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from autobatch.probing import ProbeEvent
+    from autobatch.ranking import CardRanked
     from autobatch.search import Bracket
     from autobatch.trial import Trial
 
-__all__ = ["ProgressLines"]
+__all__ = ["ProgressLines", "RankingLines"]
+
+
+class RankingLines:
+    """Shows each candidate of a ranking as it is done. A context manager; called with each `CardRanked`."""
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
+        """Prepare to write.
+
+        Args:
+            console: where to.
+            live: whether a terminal shows how many are done, in a line that moves.
+        """
+        self._console = console
+        self._starting = "starting torch, and emulating each card …"
+        self._status = console.status(self._starting) if console.is_terminal and live else None
+
+    def __enter__(self) -> Self:
+        if self._status is not None:
+            self._status.start()
+        else:
+            self._console.print(self._starting, highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: CardRanked) -> None:
+        """Show one candidate."""
+        from rich.text import Text
+
+        from autobatch.present.placements import cards_text, plan_words
+
+        one = event.placement
+        number = len(one.report.trials) if one.report is not None else 0
+        trials = f"   {number} trial{'s' if number > 1 else ''}" if number else ""
+        line = Text(f"{event.done:>4} of {event.of}  {cards_text(one):<22}{plan_words(one)}{trials}")
+        self._console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
+        if self._status is not None:
+            self._status.update(f"{event.done} of {event.of} done")
 
 
 class ProgressLines:

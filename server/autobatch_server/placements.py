@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autobatch import PlanError
+from autobatch import PlanError, placement_key
 from autobatch_server.answers import Answer, SeriesSource, answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.schemas import Candidate, Placement, PlacementList, PlacementRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from autobatch.store import MeasurementStore
 
 __all__ = ["rank_candidates"]
 
 # A ranking shows plans that a person could read; GET /v1/plan shows the others.
 _LONGEST_LISTING = 4096
-_ORDER = {"fits": 0, "does_not_fit": 1, "no_plan": 2, "unknown": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,7 @@ def rank_candidates(store: MeasurementStore, workload: str, request: PlacementRe
     """
     known = _LookedUpOnce(store)
     considered = [_consider(known, workload, request, candidate) for candidate in request.candidates]
-    key = _KEYS[request.rank_by]
-    ordered = sorted(considered, key=lambda one: (_ORDER[one.verdict], *key(one)))
+    ordered = sorted(considered, key=lambda one: _order(one, request.rank_by))
     return PlacementList(
         workload=workload,
         target=request.target,
@@ -100,20 +95,16 @@ def _consider(store: SeriesSource, workload: str, request: PlacementRequest, can
     return _Considered(candidate=candidate, gpu=gpu, verdict=answer.verdict, reason=reason, answer=answer)
 
 
-def _last_if_none(value: float | None) -> float:
-    return math.inf if value is None else value
+def _order(one: _Considered, rank_by: str) -> tuple[float, ...]:
+    return placement_key(
+        verdict=one.verdict,
+        rank_by=rank_by,
+        count=one.candidate.count,
+        price_per_hour=one.price_per_hour,
+        headroom_bytes=one.headroom_bytes,
+        samples_per_second=one.samples_per_second,
+    )
 
-
-def _most_first(value: float | None) -> float:
-    return math.inf if value is None else -value
-
-
-_KEYS: Mapping[str, Callable[[_Considered], tuple[float, ...]]] = {
-    "gpus": lambda one: (one.candidate.count, _last_if_none(one.price_per_hour), _most_first(one.headroom_bytes)),
-    "cost": lambda one: (_last_if_none(one.price_per_hour), one.candidate.count, _most_first(one.headroom_bytes)),
-    "throughput": lambda one: (_most_first(one.samples_per_second), one.candidate.count),
-    "headroom": lambda one: (_most_first(one.headroom_bytes), one.candidate.count),
-}
 
 _MISSING = {
     "cost": ("price_per_hour", "it has no price, so it comes after those that have one"),

@@ -1,0 +1,173 @@
+"""Rankings of cards: the emulated ones in shared processes, jobs that bear no company, and what people see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+import autobatch
+from autobatch.cli import main
+from autobatch.jsonform import from_json_form
+from autobatch.placement import PlacementTable
+
+if TYPE_CHECKING:
+    from autobatch.ranking import CardRanked
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("libraries")
+
+JOBS = """
+    import os
+    import torch
+
+    def job(device="cuda"):
+        model = torch.nn.Linear(65536, 1024, bias=False, device=device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def micro_step(n):
+            model(torch.zeros(n, 65536, device=device)).square().mean().backward()
+
+        return micro_step, optimizer
+
+    def names_a_device():
+        return job("cuda:0")
+
+    def dies_on_an_l4():
+        if "L4" in torch.cuda.get_device_name():
+            os._exit(3)
+        return job()
+
+    def breaks():
+        raise KeyError("no such column")
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "jobs.py").write_text(textwrap.dedent(JOBS))
+    monkeypatch.chdir(tmp_path)
+    return "jobs.py"
+
+
+def ranked(job: str, gpus: list[str], **options: Any) -> PlacementTable:
+    return autobatch.placements(job, target=16384, candidates=gpus, multiple_of=2048, headroom=0, **options)
+
+
+def test_the_plan_on_each_card_is_that_of_a_probe_on_it(jobs: str) -> None:
+    """Cards beside others in one process answer as each does alone; counts of one card share its figures."""
+    seen: list[CardRanked] = []
+    table = ranked(f"{jobs}:job", ["T4", "L4", "L4:4", "A10", "RTX-3060-12GB:20000"], processes=1, progress=seen.append)
+    found = {(one.gpu, one.count): one for one in table.placements}
+    assert [each.done for each in seen] == [1, 2, 3, 4, 5]
+    for gpu, count in (("T4", 1), ("L4", 4)):
+        alone = autobatch.probe_workload(
+            f"{jobs}:job", target=16384, emulate=gpu, multiple_of=2048, headroom=0, world_size=count
+        )
+        one = found[gpu, count]
+        assert one.plan == alone.plan
+        assert one.report is not None
+        assert (one.report.options, one.report.certified) == (alone.options, True)
+        assert one.report.max_micro_batch_size == alone.max_micro_batch_size
+        assert one.basis == "emulated"
+    assert found["RTX-3060-12GB", 20000].verdict == "no_plan"
+    assert "target 16384 is below world_size 20000" in found["RTX-3060-12GB", 20000].reason
+    assert "DDP takes 256 MiB to hold the gradients once more" in found["L4", 4].reason
+    assert [one.rank for one in table.placements] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", [pytest.param("names_a_device", marks=pytest.mark.slow), "dies_on_an_l4"])
+def test_a_job_that_bears_no_company_is_probed_alone(jobs: str, name: str) -> None:
+    """Where it dies on one card, the others are not lost."""
+    table = ranked(f"{jobs}:{name}", ["T4", "L4", "A10"], processes=1)
+    verdicts = {one.gpu: (one.verdict, one.reason) for one in table.placements}
+    assert verdicts["T4"][0] == verdicts["A10"][0] == "fits"
+    if name == "names_a_device":
+        assert verdicts["L4"][0] == "fits"
+    else:
+        assert verdicts["L4"][0] == "unknown"
+        assert verdicts["L4"][1].startswith("the training job ended by itself with status 3 at micro-batch")
+
+
+def test_a_job_that_fails_everywhere_fails(jobs: str) -> None:
+    """With its own words."""
+    with pytest.raises(autobatch.WorkloadError, match="no such column"):
+        ranked(f"{jobs}:breaks", ["T4", "L4"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rank_by": "speed"}, "rank_by 'speed' is unknown; choose gpus, cost, headroom"),
+        ({"world_size": 4}, "world_size cannot be given to a ranking"),
+        ({"candidates": "L4"}, r"candidates is the text 'L4': pass a list of them, as in \['L4'\]"),
+        ({"candidates": []}, "there is no candidate"),
+        ({"candidates": ["L5"]}, "GPU 'L5' cannot be emulated"),
+        ({"headrom": 0}, "headrom"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_starts(more: dict[str, Any], message: str) -> None:
+    """In one line."""
+    with pytest.raises((autobatch.UsageError, TypeError), match=message):
+        autobatch.placements("gpt2", target=16, **more)
+
+
+def test_the_command_line_ranks_prices_and_draws(jobs: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two processes; JSON that reads back; the second time from the cache, by one trial a card; a table with prices."""
+    words = ["rank", f"{jobs}:job", "--target", "16384", "--multiple-of", "2048", "--gpu", "nvidia l4:2", "--gpu", "T4"]
+    assert main([*words, "--price", "L4=0.6", "--format", "json"]) == 0
+    table = from_json_form(PlacementTable, json.loads(capsys.readouterr().out))
+    assert [(one.gpu, one.count, one.price_per_hour) for one in table.placements] == [("L4", 2, 1.2), ("T4", 1, None)]
+    assert table.rank_by == "cost"
+    pytest.importorskip("matplotlib")
+    assert main([*words, "--cache", "trust", "--plot", str(tmp_path / "cards.svg")]) == 0
+    printed = capsys.readouterr()
+    assert "T4" in printed.out.splitlines()[3]  # fewest cards
+    assert "2 × L4" in printed.out
+    assert "emulated" in printed.out
+    drawn = (tmp_path / "cards.svg").read_text()
+    assert "2  2 × L4" in drawn
+    assert "emulated" in drawn
+    assert main([*words, "--price", "A10=1"]) == 2
+    assert "--price A10 is of a card that is not ranked: add --gpu A10" in capsys.readouterr().err
+
+
+def test_nothing_that_fits_is_an_error_that_names_the_nearest(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 3, after the table."""
+    (Path(jobs).parent / "jobs.py").write_text(textwrap.dedent(JOBS).replace("65536, 1024", "65536, 262144"))
+    assert main(["rank", f"{jobs}:job", "--target", "16", "--gpu", "T4", "--gpu", "L4"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.count("does not fit") == 2
+    assert "fits none of 2 candidates" in printed.err
+
+
+def test_an_interrupted_ranking_leaves_nothing(jobs: str) -> None:
+    """Ctrl-C while two processes probe."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOBATCH_TEST_MARK": f"rank-{os.getpid()}"}
+    for seconds in (2.0, 6.0):
+        ranking = subprocess.Popen(
+            [sys.executable, "-m", "autobatch", "rank", "gpt2", "--target", "256", "--no-cache"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(seconds)
+        ranking.send_signal(signal.SIGINT)
+        assert ranking.wait(20) == 130
+        assert not [one for one in psutil.process_iter() if _is_marked(one, environment["AUTOBATCH_TEST_MARK"])]
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("AUTOBATCH_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
