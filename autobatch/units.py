@@ -59,7 +59,7 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
             raise UsageError(f"{name} {text!r} {what}; {_SIZE_EXAMPLES}")
         size = _scaled(match, text, name)
         if not match[3] and 0 < size < _FEWEST_BARE_BYTES:
-            unit = "GiB" if size < 1024 else "MiB"
+            unit = "GiB" if size < 256 else "MiB"
             raise UsageError(f"{name} {text!r} is {size} bytes: write {size}{unit}, or {size}B where bytes are meant")
     if size < 0:
         raise UsageError(f"{name} {text!r} is negative; {_SIZE_EXAMPLES}")

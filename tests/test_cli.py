@@ -839,3 +839,25 @@ def test_the_maximum_is_that_of_brute_force(workload: str, card: str) -> None:
         outcomes[size] = ended.stdout.strip() == "fits"
     assert max(size for size, fits in outcomes.items() if fits) == largest, outcomes
     assert all(fits == (size <= largest) for size, fits in outcomes.items()), outcomes
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("probe --target 256 --emulate T4 python train.py --batch-size 3", "-- python train.py"),
+        ("emulate T4 torchrun --nproc-per-node 2 train.py", "-- torchrun train.py"),
+        ("probe --taget 256", "did you mean --target?"),
+    ],
+)
+def test_what_is_not_understood_comes_with_a_way_out(words: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command without -- before it is the likeliest slip."""
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_a_file_without_its_factory_is_told_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no misspelt built-in."""
+    assert main(["probe", "train_job.py", "--target", "8"]) == 2
+    assert "lacks the factory: write train_job.py:NAME" in capsys.readouterr().err

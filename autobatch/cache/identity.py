@@ -99,7 +99,7 @@ def function_identity(workload: str, job: TrainingJob) -> JobIdentity:
     ]
     script = sys.argv[0] if sys.argv else ""
     return _identity(
-        workload,
+        f"{Path(script).name}: {workload}" if script else workload,
         function=workload,
         script=str(Path(script).resolve()) if _is_file(script) else script,
         code=[_code(job.micro_step), _code(job.end_window)],

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from autobatch._version import __version__
@@ -27,6 +28,8 @@ service; 75 GPU busy or deadline passed; 129 hung up; 130 interrupted; 143 termi
 
 
 # Of 1 for equal words: `headrom`, `micro-batch` and `dev` are near a flag, `foo` is near none.
+# What training commands begin with.
+_LAUNCHERS = ("python", "torchrun", "accelerate", "deepspeed")
 _NEAR = 0.65
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -88,7 +91,8 @@ def _run(arguments: list[str]) -> int:
     parser = _build_parser()
     parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        parsed.parser.error(f"{' '.join(unknown)} is not understood{_nearest_flag(parsed.parser, unknown[0])}")
+        hint = _nearest_flag(parsed.parser, unknown[0]) or _command_hint(parsed.parser, words, unknown)
+        parsed.parser.error(f"{' '.join(unknown)} is not understood{hint}")
     parsed.command = command
     try:
         return int(parsed.run(parsed))
@@ -114,6 +118,15 @@ def _nearest_flag(parser: Parser, word: str) -> str:
     return f": did you mean {flags[near[0]]}?" if near else ""
 
 
+def _command_hint(parser: Parser, words: list[str], unknown: list[str]) -> str:
+    """Say where a command belongs, to who has written one without `--`."""
+    program = next((word for word in words[1:] if Path(word).name.startswith(_LAUNCHERS)), None)
+    script = next((word for word in unknown if word.endswith(".py")), None)
+    if program is None and script is None:
+        return ""
+    return f": a command is written behind --, as in {parser.prog} … -- {program or 'python'} {script or '…'}"
+
+
 def _hold_standard_streams() -> None:
     """Open what is closed of descriptors 0 to 2, so that no pipe or log of ours takes such a number."""
     if None in {sys.stdin, sys.stdout, sys.stderr}:
@@ -131,7 +144,7 @@ def _split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _build_parser() -> Parser:
-    from autobatch.cli import cache, cards, check, emulate, plan, probe, run
+    from autobatch.cli import cache, cards, check, emulate, plan, probe, rank, run
 
     parser = Parser(
         prog="autobatch",
@@ -142,7 +155,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (probe, run, plan, check, cache, emulate, cards, service):
+    for module in (probe, run, rank, plan, check, cache, emulate, cards, service):
         module.add_commands(commands)
     for command in commands.choices.values():
         if command.get_default("run") is not None:  # one with actions of its own leaves it to them

@@ -88,7 +88,8 @@ def run_clear(parsed: argparse.Namespace) -> int:
         if missing := sorted(set(parsed.id) - {entry.id for entry in entries}):
             raise UsageError(f"there is no measurement {missing[0]}: `autobatch cache ls` lists them")
         gone = cache.forget([entry.id for entry in _chosen(entries, parsed, older_than)])
-    say(f"{gone} of {len(entries)} measurements forgotten")
+    hint = "" if gone or parsed.job is None else f": no job's name begins with {parsed.job!r}, see `autobatch cache ls`"
+    say(f"{gone} of {len(entries)} measurements forgotten{hint}")
     return 0
 
 

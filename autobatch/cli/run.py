@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     if asked.emulate is not None:
         raise UsageError(
             f"--emulate {asked.emulate} measures a card that is not here, and run trains: probe with it, and run where the "
-            "card is"
+            f"card is (`autobatch emulate {asked.emulate} -- autobatch run …` trains on an emulated card, which computes nothing)"
         )
     options = choose_card(asked, may_emulate=False)
     report = subject.probe(options, verbose=parsed.verbose)

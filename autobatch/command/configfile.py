@@ -109,7 +109,9 @@ def _load(path: Path) -> tuple[Any, Callable[[Any], str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         return _KINDS[path.suffix.lower()](text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
         raise UsageError(f"cannot read {path}: {error}") from None
 
 

@@ -71,6 +71,10 @@ class WorkloadName:
 def _check_builtin(name: str) -> None:
     if name in BUILTIN_WORKLOADS:
         return
+    if name.endswith(".py"):
+        raise UsageError(
+            f"workload {name!r} lacks the factory: write {name}:NAME, of a function in it that makes the job"
+        )
     near = difflib.get_close_matches(name, BUILTIN_WORKLOADS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILTIN_WORKLOADS)};"
     raise UsageError(f"unknown workload {name!r}: {hint} your own is module:factory or path/to/file.py:factory")

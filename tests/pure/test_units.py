@@ -147,7 +147,7 @@ def test_headroom_that_leaves_nothing_names_both_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headroom", "words"), [("3", "3GiB, .*'3%'"), (" 12 ", "12GiB, .*'12%'"), ("512", "512GiB, .*'3%'")]
+    ("headroom", "words"), [("3", "3GiB, .*'3%'"), (" 12 ", "12GiB, .*'12%'"), ("512", "512MiB, .*'3%'")]
 )
 def test_a_headroom_without_a_unit_is_refused(headroom: str, words: str) -> None:
     """A bare 3 was meant as 3 % or 3 GiB, and never as 3 bytes; an int of the library is bytes."""
