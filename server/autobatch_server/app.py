@@ -40,7 +40,7 @@ def create_app(services: Services, *, executor: Executor | None = None) -> FastA
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
             if settings.run_probes:
-                runner = stack.enter_context(services.make_runner(executor))
+                runner = stack.enter_context(services.running(executor))
                 app.state.notify = runner.notify
             yield
             app.state.closing.set()

@@ -144,7 +144,7 @@ class Runner:
         board: RunnerBoard,
         catalogue: WorkloadCatalogue,
         executor: Executor,
-        slots: Sequence[Slot],
+        find_slots: Callable[[], Sequence[Slot]],
         settings: Settings,
         *,
         on_end: Callable[[str, str, float], None] | None = None,
@@ -156,37 +156,36 @@ class Runner:
             board: where runners announce themselves.
             catalogue: the workloads.
             executor: what starts a run.
-            slots: one thread is made for each.
+            find_slots: gives the places where probes can run now; one thread serves each. Asked again every third of a
+                lease, since nodes come and go.
             settings: deadlines and the like.
             on_end: told of each end: state, basis, seconds.
         """
         self.id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._queue, self._board, self._catalogue, self._executor = queue, board, catalogue, executor
-        self._slots, self._settings = tuple(slots), settings
+        self._find_slots, self._settings = find_slots, settings
+        self._slots: dict[str, Slot] = {}
         self._on_end = on_end or _tell_nobody
         self._stop = threading.Event()
         self._arrived = threading.Condition()
         self._news = 0  # how often something was said to have come: nothing said between a look and the wait is missed
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
+        self._house = threading.Thread(target=self._keep_house, name="runner house")
 
     def __enter__(self) -> Self:
         orphans = end_orphans()
         if orphans:
             _LOG.warning("ended %d processes that a killed runner left behind", orphans)
-        # The children die with the thread that started them, so each slot's thread lives as long as the runner.
-        self._threads = [
-            threading.Thread(target=self._serve, args=(slot,), name=f"runner {slot.name}") for slot in self._slots
-        ]
-        self._threads.append(threading.Thread(target=self._keep_house, name="runner house"))
+        self._look_for_slots()
         self._announce()
-        for thread in self._threads:
-            thread.start()
+        self._house.start()
         return self
 
     def __exit__(self, *ending: object) -> None:
         self._stop.set()
         self.notify()
-        for thread in self._threads:
+        self._house.join()
+        for thread in self._threads.values():
             thread.join()
         try:
             self._board.leave(self.id)
@@ -201,9 +200,22 @@ class Runner:
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
+    def _look_for_slots(self) -> None:
+        """Serve what came, and nothing more of what is gone; a probe that runs there still comes to its end.
+
+        The children die with the thread that started them, so a slot's thread lives as long as the slot.
+        """
+        self._slots = {slot.name: slot for slot in self._find_slots()}
+        self._threads = {name: thread for name, thread in self._threads.items() if thread.is_alive()}
+        for slot in self._slots.values():
+            if slot.name not in self._threads:
+                thread = threading.Thread(target=self._serve, args=(slot,), name=f"runner {slot.name}")
+                self._threads[slot.name] = thread
+                thread.start()
+
     def _announce(self) -> None:
         try:
-            self._board.announce(self.id, self._slots)
+            self._board.announce(self.id, list(self._slots.values()))
         except StoreUnavailableError:
             _LOG.warning("the database is away: the runner announces itself later")
 
@@ -229,6 +241,7 @@ class Runner:
             _LOG.warning("took back %d probes whose runners gave no sign of life", recovered)
             self.notify()
         if now >= house.announces_at:
+            self._look_for_slots()
             self._announce()
             house.announces_at = now + self._settings.lease / 3
         if now >= house.tidies_at:
@@ -236,7 +249,7 @@ class Runner:
             house.tidies_at = now + _TIDY_SECONDS
 
     def _serve(self, slot: Slot) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self._slots.get(slot.name) == slot:
             news = self._news
             try:
                 claim = self._queue.claim(slot, self.id)
@@ -334,6 +347,10 @@ class Runner:
             used, limit = message["over_memory"]["used_bytes"], message["over_memory"]["limit_bytes"]
             detail = f"its processes used {used} bytes of host memory, the limit is {limit}"
             return _Ending(state="failed", problem={"code": "host-memory", "detail": detail})
+        if "gone" in message:
+            _LOG.warning("the place where the probe was to run is gone: it waits for another", extra=context)
+            self._slots.pop(claim.slot, None)  # until it is found again
+            return _Ending(state="stopped")
         if "died" in message:
             _LOG.warning("the probe's process died: %s", message["died"], extra=context)
             return _Ending(state="died", problem={"code": "runner-lost", "detail": _detail("runner-lost")})

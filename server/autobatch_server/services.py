@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autobatch.store import MeasurementStore
 from autobatch_server.access import Authenticator
@@ -14,6 +14,7 @@ from autobatch_server.freshness import Freshness
 from autobatch_server.metrics import Metrics
 from autobatch_server.problems import ProblemError
 from autobatch_server.queue import Limits, ProbeQueue
+from autobatch_server.ray_engine import RayEngine
 from autobatch_server.runner import Runner, RunnerBoard, find_slots
 from autobatch_server.tokens import TokenStore
 from autobatch_server.workloads import WorkloadCatalogue
@@ -136,20 +137,33 @@ class Services:
         """Bounds of the queue."""
         return Limits(queued=self.settings.queue_limit, per_token=self.settings.queue_limit_per_token)
 
-    def make_runner(self, executor: Executor | None = None) -> Runner:
-        """Make this process's runner, which runs each probe in a child unless another executor is given."""
-        return Runner(
-            self.queue,
-            self.board,
-            self.catalogue,
-            executor
-            or ChildExecutor(
-                memory_limit_bytes=self.settings.child_memory_bytes, environment_names=self.settings.child_environment
-            ),
-            find_slots(self.settings),
-            self.settings,
-            on_end=self.metrics.count_probe,
-        )
+    @contextlib.contextmanager
+    def running(self, executor: Executor | None = None) -> Iterator[Runner]:
+        """Run probes as long as the context lasts: on a Ray cluster where one is set, else here.
+
+        Args:
+            executor: what starts a run here, in place of a child process.
+
+        Raises:
+            UnavailableError: the Ray cluster is not there.
+        """
+        settings = self.settings
+        limits: dict[str, Any] = {
+            "memory_limit_bytes": settings.child_memory_bytes,
+            "environment_names": settings.child_environment,
+        }
+        with contextlib.ExitStack() as stack:
+            runs: Executor
+            if settings.ray_address is not None:
+                engine = RayEngine(settings.ray_address, emulate=settings.ray_emulate, **limits)
+                runs = cluster = stack.enter_context(engine)
+                slots = cluster.slots
+            else:
+                here = find_slots(settings)
+                runs, slots = executor or ChildExecutor(**limits), lambda: here
+            yield stack.enter_context(
+                Runner(self.queue, self.board, self.catalogue, runs, slots, settings, on_end=self.metrics.count_probe)
+            )
 
 
 @contextlib.contextmanager

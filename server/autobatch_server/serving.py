@@ -128,7 +128,7 @@ def _run_alone(services: Services, executor: Executor | None) -> int:
     if not services.settings.run_probes:
         raise UsageError("serve_http and run_probes are both false: there is nothing to do")
     ended = threading.Event()
-    with _handling(lambda _number, _frame: ended.set()), services.make_runner(executor) as runner:
+    with _handling(lambda _number, _frame: ended.set()), services.running(executor) as runner:
         _LOG.info("running probes without answering HTTP", extra={"runner": runner.id})
         while not ended.wait(1.0):
             pass

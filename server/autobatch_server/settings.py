@@ -68,6 +68,11 @@ class Settings(BaseSettings):
     serve_http: bool = Field(True, description="whether this process answers; false makes it a runner alone")
     emulated_slots: int = Field(1, ge=0, le=64, description="probes on emulated cards at once; 0 refuses them")
     real_gpus: bool = Field(True, description="whether this machine's own GPUs are probed")
+    ray_address: str | None = Field(
+        None,
+        description="a Ray cluster whose nodes run the probes instead of this machine: auto, or HOST:PORT (autobatch[ray])",
+    )
+    ray_emulate: bool = Field(False, description="whether Ray nodes emulate the card that they are said to have")
     default_gpu: str = Field(
         "A100-SXM4-40GB", description="card that a probe emulates where none is asked for and none is here"
     )

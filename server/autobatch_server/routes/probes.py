@@ -151,7 +151,7 @@ def _choose_card(services: Services, request: ProbeRequest) -> tuple[str, BasisN
     """Choose the card and the basis: a real card of a runner where there is one, else an emulated one."""
     slots = services.board.slots()
     real = [slot.gpu for slot in slots if slot.basis == "measured" and slot.gpu is not None]
-    emulates = any(slot.basis == "emulated" for slot in slots)
+    emulated = {slot.gpu for slot in slots if slot.basis == "emulated"}
     if request.gpu is None and real and request.basis != "emulated":
         return real[0], "measured"
     wanted = canonical_gpu(request.gpu or services.settings.default_gpu, strict=not real)
@@ -166,8 +166,12 @@ def _choose_card(services: Services, request: ProbeRequest) -> tuple[str, BasisN
         raise ProblemError(
             "no-matching-runner", f"no runner has a {wanted}, and an emulated card knows no time: ask for max or plan"
         )
-    if not emulates:
-        raise ProblemError("no-matching-runner", f"no runner has a {wanted}, and none emulates cards at the moment")
+    if not emulated & {None, wanted}:  # None emulates any card
+        others = sorted(filter(None, emulated))
+        what = (
+            f"those that emulate cards emulate {', '.join(others)}" if others else "none emulates cards at the moment"
+        )
+        raise ProblemError("no-matching-runner", f"no runner has a {wanted}, and {what}")
     return wanted, "emulated"
 
 
