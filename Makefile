@@ -33,6 +33,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python tests/benchmarks/plan_rate.py
 	$(BIN)/python tests/benchmarks/accumulator_overhead.py
+	$(BIN)/python tests/benchmarks/store_scale.py --most 10000
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

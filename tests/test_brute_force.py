@@ -17,14 +17,12 @@ from autobatch.emulator.torchbuild import find_torch
 ROOT = Path(__file__).parents[1]
 CASES = [
     ("gpt2", "A100-SXM4-40GB"),
-    ("vit?image=512", "T4"),
-    ("resnet50?image=640", "RTX 3060"),
     *(
         pytest.param(workload, card, marks=pytest.mark.slow)
         for workload, cards in (
             ("gpt2", ("T4", "L4", "A40")),
-            ("vit?image=512", ("RTX 3060", "L4", "RTX 4090")),
-            ("resnet50?image=640", ("T4", "L4", "RTX 4090", "A10G")),
+            ("vit?image=512", ("T4", "RTX 3060", "L4", "RTX 4090")),
+            ("resnet50?image=640", ("RTX 3060", "T4", "L4", "RTX 4090", "A10G")),
         )
         for card in cards
     ),

@@ -23,6 +23,7 @@ def figures(name: str) -> Any:
     return module.main()
 
 
+@pytest.mark.slow  # 500 epochs, five times
 def test_linear_regression_is_the_same_whole_and_accumulated() -> None:
     """Weights after 500 epochs agree to 1e-12, by hand and by the accumulator, and are the true ones."""
     learned = figures("linear_regression")

@@ -85,7 +85,8 @@ def test_the_plan_on_each_card_is_that_of_a_probe_on_it(jobs: str) -> None:
     assert [one.rank for one in table.placements] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", [pytest.param("names_a_device", marks=pytest.mark.slow), "dies_on_an_l4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["names_a_device", "dies_on_an_l4"])
 def test_a_job_that_bears_no_company_is_probed_alone(jobs: str, name: str) -> None:
     """Where it dies on one card, the others are not lost."""
     table = ranked(f"{jobs}:{name}", ["T4", "L4", "A10"], processes=1)

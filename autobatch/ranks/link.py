@@ -24,6 +24,7 @@ __all__ = ["RankLink", "num_ranks"]
 _LONGEST_PAUSE_SECONDS = 0.2
 # Ranks that find the channel broken are given so long to say so; who does not is the one that broke it.
 _ROLL_CALL_SECONDS = 5.0
+_LINGER_SECONDS = 1.0
 _numbers = itertools.count()
 
 
@@ -163,12 +164,20 @@ class RankLink:
         Raises:
             WorkloadError: one did not come in time.
         """
-        self._store.set(f"here/{self.rank}", "")
-        if self._store.add("here", 1) == self.world_size:
-            self._store.set("all", "")
-        if self._wait_for("all", self._timeout):
-            return
-        missing = self._without("here")
+        try:
+            self._store.set(f"here/{self.rank}", "")
+            if self._store.add("here", 1) == self.world_size:
+                self._store.set("all", "")
+            if self._all_come(self._timeout):
+                return
+            missing = self._without("here")
+            self._store.set("given up", "")
+            time.sleep(_LINGER_SECONDS)  # so that the others hear it before the store goes with the rank that keeps it
+        except RuntimeError as error:  # the errors of a store are no kind of their own
+            raise WorkloadError(
+                "the store that the ranks met by is gone: rank 0, or the launcher, which keeps it, ended while they waited for "
+                "each other; what it printed says why"
+            ) from error
         raise WorkloadError(
             f"{_ranks(missing)} did not come to the probe within {self._timeout:g} s: every rank must call it, with the same "
             "arguments and as often; trial_timeout is how long they wait for each other"
@@ -200,12 +209,12 @@ class RankLink:
     def _without(self, key: str) -> list[int]:
         return [rank for rank in range(self.world_size) if not self._store.check([f"{key}/{rank}"])]
 
-    def _wait_for(self, key: str, seconds: float) -> bool:
-        """Wait until a key is in the store, by asking: a wait of the store's own does not hear Ctrl-C."""
+    def _all_come(self, seconds: float) -> bool:
+        """Wait until all are here, or one gave up, by asking: a wait of the store's own does not hear Ctrl-C."""
         deadline = time.monotonic() + seconds
         pause = 0.001
-        while not self._store.check([key]):
-            if time.monotonic() > deadline:
+        while not self._store.check(["all"]):
+            if time.monotonic() > deadline or self._store.check(["given up"]):
                 return False
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("libraries")
 
 
-@pytest.mark.parametrize("way", ["fork", "autograd-grad", "cpu-before", "resets-peaks"])
+@pytest.mark.parametrize(
+    "way",
+    ["fork", *(pytest.param(way, marks=pytest.mark.slow) for way in ("autograd-grad", "cpu-before", "resets-peaks"))],
+)
 def test_awkward_ways_to_train(way: str) -> None:
     """In a forked child, without a backward, after a small model on the CPU, with peaks that the script resets."""
     report = probe("awkward.py", way, *SIZES, target=8, max_micro_batch=4)

@@ -52,7 +52,9 @@ def wait_until_gone(mark: str, seconds: float) -> list[psutil.Process]:
     return left
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_at_random_moments(number: signal.Signals) -> None:
     """Ten moments in all: the probe ends with its status within seconds, and every process and file of it is gone."""
     draw = random.Random(int(number))

@@ -43,6 +43,7 @@ def check_report(reports: list[Any], wrapper: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow  # the README's example, which is no slow test, runs DDP so
 def test_one_report_for_all_ranks(tmp_path: Path) -> None:
     """The smaller card decides; FSDP2, which spreads the optimizer over both, fits more than DDP."""
     with open_machine(("L4", "T4")) as machine:

@@ -144,7 +144,10 @@ def test_a_rank_that_dies_is_named_by_the_others(said: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     ("scene", "message"),
-    [("hangs", "rank 1 did not answer within 3 s"), ("never", "rank 1 did not come to the probe within 2 s")],
+    [
+        pytest.param("hangs", "rank 1 did not answer within 3 s", marks=pytest.mark.slow),
+        ("never", "rank 1 did not come to the probe within 2 s"),
+    ],
 )
 def test_a_rank_that_keeps_the_others_waiting_is_named(scene: str, message: str, tmp_path: Path) -> None:
     """It is stuck in a trial, or never calls the probe."""
