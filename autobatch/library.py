@@ -206,7 +206,7 @@ def _probe_over_ranks(
         named = link.exchange((device.facts, asked.device))
         facts = [each for each, _ in named]
         check_devices(facts)
-        local = together(link, lambda: _OwnTrials.of(device, job, asked, restore))
+        local = together(link, lambda: _trials_of_rank(device, job, asked, restore))
         trials = RankTrials(local, link, facts, deadline_seconds=asked.deadline)
         with local.put_back_at_the_end():
             report = conduct_probe(
@@ -218,6 +218,23 @@ def _probe_over_ranks(
             report = _with_ranks(report, trials, facts, question.rank_sizes, progress)
     # One report for all: that of the rank whose device bounds them.
     return dataclasses.replace(report, options=dataclasses.replace(asked, device=named[facts.index(trials.facts)][1]))
+
+
+def _trials_of_rank(
+    device: OpenDevice, job: TrainingJob, options: ProbeOptions, restore: Sequence[object]
+) -> _OwnTrials:
+    """This rank's trials; raises `UsageError` where `restore` leaves a wrapper out, which a failed trial leaves half-way."""
+    from autobatch.snapshot.wrapped import unnamed_wrapper
+
+    trials = _OwnTrials.of(device, job, options, restore)
+    groups = (group for optimizer in job.optimizers() for group in optimizer.param_groups)
+    wrapper = unnamed_wrapper(restore, (parameter for group in groups for parameter in group["params"]))
+    if wrapper is not None:
+        raise UsageError(
+            f"the model is in {wrapper}, which restore does not name: give the wrapped model, as in restore=[model], so that it "
+            "is made ready again after a trial that ends in the middle of a pass"
+        )
+    return trials
 
 
 def _with_ranks(

@@ -6,11 +6,19 @@ import functools
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
 
-__all__ = ["gather_nothing", "is_handled", "is_sharded", "local_part", "sharded_as", "wrappers_below"]
+__all__ = [
+    "gather_nothing",
+    "is_handled",
+    "is_sharded",
+    "local_part",
+    "sharded_as",
+    "unnamed_wrapper",
+    "wrappers_below",
+]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -70,6 +78,27 @@ def is_handled(module: object) -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return isinstance(module, DistributedDataParallel) or _is_fsdp(module)
+
+
+def unnamed_wrapper(named: Sequence[object], parameters: Iterable[torch.Tensor]) -> str | None:
+    """The kind of a wrapper that holds some of the parameters, and is not below what is named; None where there is none.
+
+    Args:
+        named: what a snapshot is to cover.
+        parameters: what is trained.
+    """
+    import gc
+
+    from torch import nn
+
+    covered = {id(part) for each in named if isinstance(each, nn.Module) for part in each.modules()}
+    trained = {id(parameter) for parameter in parameters}
+    # By their types: to ask a proxy for its class may run code of its own.
+    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
+    for module in modules:
+        if id(module) not in covered and is_handled(module) and any(id(one) in trained for one in module.parameters()):
+            return "DistributedDataParallel" if not _is_fsdp(module) else "FSDP2 (fully_shard)"
+    return None
 
 
 def _is_fsdp(module: object) -> bool:

@@ -46,7 +46,7 @@ def play(folder: Path, *scenes: str, python: str = sys.executable, waits_for: tu
 
 AGREE = [f"{wrapper}-{where}" for wrapper in ("ddp", "fsdp2") for where in ("forward", "backward")]
 QUESTIONS = ["target", "workload", "mixed", "same-card", "world", "cache", "malformed"]
-OWN = ["own", "own-backward", "own-even", "own-of-one"]
+OWN = ["own", "own-backward", "own-even", "own-of-one", "unnamed-ddp", "unnamed-fsdp2"]
 FAULTS = ["swallows", "breaks", "one-more", "late"]
 
 
@@ -105,6 +105,8 @@ def test_a_job_that_catches_what_stopped_it_is_stopped_all_the_same(said: list[A
         ("cache", "UsageError", "cache='confirm' is not there for several ranks yet"),
         ("own-even", "UsageError", "rank_sizes='own' mixes sizes, and split is 'even': give split='balanced' too"),
         ("own-of-one", "UsageError", "rank 0 has rank_sizes 'same' and rank 1 has 'own'"),
+        ("unnamed-ddp", "UsageError", "the model is in DistributedDataParallel, which restore does not name"),
+        ("unnamed-fsdp2", "UsageError", "the model is in FSDP2 (fully_shard), which restore does not name"),
         ("one-more", "WorkloadError", "rank 0 ended its trial while rank 1 came to one more collective"),
         ("late", "BusyError", "the deadline of 0.2 s passed on rank 0"),
     ],

@@ -126,6 +126,13 @@ def own_sizes(where: str) -> Any:
     return probe(Job(memory, "ddp", where), memory, split="balanced", rank_sizes="own", target=5001)
 
 
+def unnamed(wrapper: str) -> Any:
+    """The model inside of the wrapper is named, and the wrapper is not."""
+    memory = fresh()
+    job = Job(memory, wrapper)
+    return probe(job, memory, restore=[job.middle.linear] if wrapper == "ddp" else [])
+
+
 def swallows() -> Any:
     """A job that catches whatever its pass raises and goes on."""
     memory = fresh()
@@ -226,6 +233,8 @@ SCENES: dict[str, Callable[[], Any]] = {
     "own-backward": lambda: own_sizes("backward"),
     "own-even": lambda: differs("own-even", rank_sizes=("own",) * 3),
     "own-of-one": lambda: differs("own-of-one", rank_sizes=("same", "own", "same"), split=("balanced",) * 3),
+    "unnamed-ddp": lambda: unnamed("ddp"),
+    "unnamed-fsdp2": lambda: unnamed("fsdp2"),
     "swallows": swallows,
     "target": lambda: differs("target", target=(3072, 3072, 96)),
     "workload": lambda: differs("workload", workload=("a", "b", "a")),
