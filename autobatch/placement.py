@@ -13,7 +13,7 @@ from autobatch.plan import Plan, check_int
 from autobatch.report import Basis, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 __all__ = [
     "RANK_BY",
@@ -190,8 +190,8 @@ def first_size_on(budget_bytes: int, reports: Iterable[Report]) -> int | None:
     return size + int((budget_bytes - low) / per_sample)
 
 
-def parse_candidate(text: str, prices: Mapping[str, float]) -> Candidate:
-    """Read `NAME` or `NAME:COUNT`, with its price where there is one.
+def parse_candidate(text: str) -> Candidate:
+    """Read `NAME` or `NAME:COUNT`.
 
     Raises:
         UsageError: it is not that.
@@ -201,7 +201,7 @@ def parse_candidate(text: str, prices: Mapping[str, float]) -> Candidate:
         name, count = count, "1"
     if not name.strip() or not count.strip().isdecimal():
         raise UsageError(f"gpu {text!r} is not a card, or a card and a count: write L4, or L4:4 for four of them")
-    return Candidate(gpu=name.strip(), count=int(count), price_per_hour=prices.get(name.strip()))
+    return Candidate(gpu=name.strip(), count=int(count))
 
 
 def parse_price(text: str) -> tuple[str, float]:

@@ -129,7 +129,7 @@ def _checked(candidates: Iterable[Candidate | str] | None) -> tuple[Candidate, .
         return tuple(Candidate(gpu=card.name) for card in load_catalogue())
     if isinstance(candidates, str):
         raise UsageError(f"candidates is the text {candidates!r}: pass a list of them, as in [{candidates!r}]")
-    read = [parse_candidate(one, {}) if isinstance(one, str) else one for one in candidates]
+    read = [parse_candidate(one) if isinstance(one, str) else one for one in candidates]
     named = [dataclasses.replace(one, gpu=find_card(one.gpu).name) for one in read]
     if not named:
         raise UsageError("there is no candidate: name at least one card")
@@ -164,12 +164,11 @@ class _Ranking:
         kinds: dict[str, list[Candidate]] = {}
         for candidate in self._candidates:
             kinds.setdefault(candidate.gpu, []).append(candidate)
-        for candidate in [one for some in kinds.values() for one in some]:
             self._settle_without_probe(candidate)
         left = [gpu for gpu, some in kinds.items() if any(one not in self._results for one in some)]
         processes = min(processes, len(left))
         groups = [[(gpu, kinds[gpu]) for gpu in left[start::processes]] for start in range(processes)]
-        if len(groups) <= 1 or self._probes.is_command:
+        if len(groups) <= 1:  # in this thread, where a signal ends it
             for group in groups:
                 self._probe_all(group)
             return
@@ -188,8 +187,6 @@ class _Ranking:
 
     def _settle_without_probe(self, candidate: Candidate) -> None:
         """What needs no trial: a target that cannot be split over so many cards, and what the cache is trusted for."""
-        if candidate in self._results:
-            return
         try:
             options = self._probes.options(candidate.gpu, candidate.count)
         except PlanError as error:
@@ -198,7 +195,7 @@ class _Ranking:
         except UsageError as error:
             if self._probes.target >= candidate.count:
                 raise
-            self._note(candidate, "no_plan", f"{str(error).partition(';')[0]}")
+            self._note(candidate, "no_plan", str(error).partition(";")[0])
             return
         report = self._probes.trusted(options)
         if report is not None:
@@ -264,7 +261,7 @@ class _Ranking:
             answer = Evidence(report.trials, budget_bytes=report.memory.budget_bytes).answer(report.options)
             self._note(candidate, "does_not_fit", str(nothing_fits(report)), report, missing=answer.missing_bytes)
         else:
-            self._note(candidate, "fits", _why_it_fits(candidate, report), report)
+            self._note(candidate, "fits", _why_it_fits(report, counts_ranks=self._probes.is_command), report)
 
     def _note(
         self,
@@ -294,13 +291,13 @@ class _Ranking:
             self._progress(CardRanked(placement=placement, done=len(self._results), of=len(self._candidates)))
 
 
-def _why_it_fits(candidate: Candidate, report: Report) -> str:
-    """What the plan leaves, and what to know of several cards."""
+def _why_it_fits(report: Report, *, counts_ranks: bool) -> str:
+    """What the plan leaves, and what several cards need besides, where the trials did not run on as many."""
     left = headroom_left(report) or 0
     text = f"a card has {format_bytes(left)} left" if left else "it fits"
     if not report.certified:
         text += "; not certified"
-    if candidate.count == 1:
+    if report.options.world_size == 1 or counts_ranks:
         return text
     buckets = max((trial.gradient_bytes for trial in report.trials), default=0)
     if buckets > left - report.memory.headroom_bytes:

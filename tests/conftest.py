@@ -117,6 +117,19 @@ def script_environment(machine: EmulatedMachine) -> dict[str, str]:
     return variables
 
 
+def run_two_ranks(
+    machine: EmulatedMachine, script: Path, *words: str, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """A script under torchrun on two cards of a machine, which has to end well."""
+    run = subprocess.run(
+        [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), *words],
+        env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run
+
+
 @pytest.fixture(scope="session")
 def libraries() -> Libraries:
     """The compiled emulation for the installed torch."""

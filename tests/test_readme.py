@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import script_environment
+from conftest import run_two_ranks
 
 import autobatch
 from autobatch import errors
@@ -121,12 +121,7 @@ def test_the_example_of_several_ranks_runs(scripts: ScriptRunner, tmp_path: Path
     path = tmp_path / "train_ranks.py"
     path.write_text(block("python", "# train_ranks.py"))
     with scripts.open("L4", "T4") as machine:
-        run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(path)],
-            env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+        run = run_two_ranks(machine, path)
     said = run.stdout.strip().splitlines()
     assert len(said) == 1
     name, world_size, size, steps = said[0].rsplit(maxsplit=3)

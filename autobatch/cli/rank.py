@@ -11,12 +11,12 @@ from autobatch.cli.output import error_console, say, write_json, write_view
 from autobatch.cli.probe import Subject, add_command_flags
 from autobatch.cli.settings import read_settings
 from autobatch.errors import NothingFitsError, UsageError
-from autobatch.placement import RANK_BY, parse_candidate, parse_price
+from autobatch.placement import RANK_BY, Candidate, parse_candidate, parse_price
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autobatch.placement import Candidate, PlacementTable, RankBy
+    from autobatch.placement import PlacementTable, RankBy
 
 __all__ = ["add_commands"]
 
@@ -117,9 +117,7 @@ def _candidates(gpus: Sequence[str], prices: Sequence[str]) -> list[Candidate] |
 
     from autobatch.gpu.catalogue import find_card, load_catalogue
 
-    named = [parse_candidate(text, {}) for text in gpus] or [
-        parse_candidate(card.name, {}) for card in load_catalogue()
-    ]
+    named = [parse_candidate(text) for text in gpus] or [Candidate(gpu=card.name) for card in load_catalogue()]
     found = [dataclasses.replace(one, gpu=find_card(one.gpu).name) for one in named]
     priced = {find_card(name).name: price for name, price in map(parse_price, prices)}
     ranked = {one.gpu for one in found}

@@ -24,19 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["ProgressLines", "RankingLines"]
 
 
-class RankingLines:
-    """Shows each candidate of a ranking as it is done. A context manager; called with each `CardRanked`."""
+class _Live:
+    """A console with a line that moves where it is a terminal. A context manager; says on the way in what is being started."""
 
-    def __init__(self, console: Console, *, live: bool = True) -> None:
-        """Prepare to write.
-
-        Args:
-            console: where to.
-            live: whether a terminal shows how many are done, in a line that moves.
-        """
-        self._console = console
-        self._starting = "starting torch, and emulating each card …"
-        self._status = console.status(self._starting) if console.is_terminal and live else None
+    def __init__(self, console: Console, starting: str, *, live: bool) -> None:
+        self._console, self._starting = console, starting
+        self._status = console.status(starting) if console.is_terminal and live else None
 
     def __enter__(self) -> Self:
         if self._status is not None:
@@ -51,6 +44,19 @@ class RankingLines:
         if self._status is not None:
             self._status.stop()
 
+
+class RankingLines(_Live):
+    """Shows each candidate of a ranking as it is done. A context manager; called with each `CardRanked`."""
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
+        """Prepare to write.
+
+        Args:
+            console: where to.
+            live: whether a terminal shows how many are done, in a line that moves.
+        """
+        super().__init__(console, "starting torch, and emulating each card …", live=live)
+
     def __call__(self, event: CardRanked) -> None:
         """Show one candidate."""
         from rich.text import Text
@@ -58,7 +64,8 @@ class RankingLines:
         from autobatch.present.placements import cards_text, plan_words
 
         one = event.placement
-        number = len(one.report.trials) if one.report is not None else 0
+        cached = one.report.cached if one.report is not None else None
+        number = len(one.report.trials) - (cached.num_trials if cached else 0) if one.report is not None else 0
         trials = f"   {number} trial{'s' if number > 1 else ''}" if number else ""
         line = Text(f"{event.done:>4} of {event.of}  {cards_text(one):<22}{plan_words(one)}{trials}")
         self._console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
@@ -66,7 +73,7 @@ class RankingLines:
             self._status.update(f"{event.done} of {event.of} done")
 
 
-class ProgressLines:
+class ProgressLines(_Live):
     """Shows each event of a probe: which size is tried, what it took, and the bracket around the answer.
 
     A context manager; called with each `ProbeEvent`.
@@ -80,23 +87,8 @@ class ProgressLines:
             live: whether a terminal shows what is under way, in a line that moves; not where others write to it too.
             starting: what is said until the device is known.
         """
-        self._console = console
-        self._status = console.status(starting) if console.is_terminal and live else None
-        self._starting = starting
+        super().__init__(console, starting, live=live)
         self._budget_bytes = 1
-
-    def __enter__(self) -> Self:
-        if self._status is not None:
-            self._status.start()
-        else:
-            self._console.print(self._starting, highlight=False)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._status is not None:
-            self._status.stop()
 
     def __call__(self, event: ProbeEvent) -> None:
         """Show one event."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Question", "check_devices", "check_same_question", "describe_cards", "together", "weakest", "worst"]
 
-# Each rank has a device of its own, and its own file to report to.
+# Each rank has a device of its own.
 _RANKS_OWN = ("device",)
 _T = TypeVar("_T")
 

@@ -89,9 +89,8 @@ class RankTrials:
             self._prepared = True
             with CollectiveGate(self._link) as gate:
                 self._local.prepare(min(window))
-                gate.finish(
-                    failed=True
-                )  # whoever is done first ends it for all: a failure shows in the trial that follows
+                # Whoever is done first ends it for all: a failure shows in the trial that follows.
+                gate.finish(failed=True)
         trial, taken, error = self._run_gated(window, confirmation=confirmation)
         answers = self._link.exchange((trial, taken, error))
         raise_first(error, [other for _, _, other in answers])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import ScriptRunner, script_environment
+from conftest import ScriptRunner, run_two_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,15 +24,7 @@ def run_ranks(
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """What each of two ranks says, on cards of different sizes, and the calls that were missing."""
     with scripts.open("L4", "T4") as machine:
-        run = subprocess.run(
-            [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), str(folder)],
-            env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
+        run_two_ranks(machine, SCRIPT, str(folder), python=python)
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], machine.unsupported_calls()
 
 

@@ -110,7 +110,7 @@ def test_nothing_is_proposed_where_nothing_fitted() -> None:
 )
 def test_a_candidate_is_read(text: str, expected: tuple[str, int]) -> None:
     """A name, or a name and a count."""
-    found = parse_candidate(text, {})
+    found = parse_candidate(text)
     assert (found.gpu, found.count) == expected
 
 
@@ -118,7 +118,7 @@ def test_a_candidate_is_read(text: str, expected: tuple[str, int]) -> None:
 def test_what_is_no_candidate_is_refused(text: str) -> None:
     """With what would be one."""
     with pytest.raises(UsageError, match="write L4, or L4:4 for four of them"):
-        parse_candidate(text, {})
+        parse_candidate(text)
 
 
 @pytest.mark.parametrize(

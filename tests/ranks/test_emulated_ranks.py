@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import script_environment
+from conftest import run_two_ranks
 
 from autobatch.emulator.launch import open_machine
 
@@ -22,15 +20,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "emulated_ranks.py"
 
 def answers(machine: EmulatedMachine, folder: Path, *words: str) -> list[Any]:
     """What two ranks say."""
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), str(folder), *words],
-        env={**script_environment(machine), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_two_ranks(machine, SCRIPT, str(folder), *words)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
