@@ -236,7 +236,7 @@ def _open_sqlite(path: Path, schemas: Sequence[Schema], journal: str, way_out: s
             isolation_level=None,
             check_same_thread=False,
         )
-        connection.execute(f"PRAGMA journal_mode={journal}")
+        _set_journal(connection, journal)
         connection.execute("PRAGMA synchronous=FULL")  # what was accepted outlives a power cut
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
@@ -270,6 +270,26 @@ def _open_sqlite(path: Path, schemas: Sequence[Schema], journal: str, way_out: s
             for schema in schemas:
                 upgrade(connection, schema)
     return Database(engine, path)
+
+
+def _set_journal(connection: sqlite3.Connection, journal: str) -> None:
+    """Set the journal's mode, which the file keeps; waits for others who open the same new file.
+
+    SQLite reads the mode under a shared lock and changes it under an exclusive one. Two that hold the shared lock would wait for
+    each other for ever, so one of them is refused at once, whatever time it would wait otherwise. (Source:
+    https://www.sqlite.org/c3ref/busy_handler.html, the paragraph on deadlock.)
+    """
+    until = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(f"PRAGMA journal_mode={journal}")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                connection.close()
+                raise
+            time.sleep((1 + secrets.randbelow(20)) / 1000)  # not in step with the others, which may be its forks
+        else:
+            return
 
 
 def _wait_for(lock: TextIO, path: Path) -> None:

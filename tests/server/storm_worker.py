@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -103,7 +104,10 @@ def _become(settings: Settings, *, fake: bool) -> NoReturn:
     status = 1
     try:
         status = serve(settings, executor=StormExecutor() if fake else None)
+    except BaseException:  # noqa: BLE001 - it ends here, and the log must say why
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(status)
 
 

@@ -75,6 +75,21 @@ def test_two_processes_that_start_at_once_make_the_tables_once(database_url: str
         assert connection.execute(select(generation.c.number)).all() == [(0,)]
 
 
+def test_a_file_that_another_process_makes_just_now_is_waited_for(tmp_path: Path) -> None:
+    """SQLite refuses at once, without its usual wait, to set a file's journal mode beside one who writes to it."""
+    path = tmp_path / "new.sqlite3"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        ending = threading.Timer(0.3, other.execute, ["COMMIT"])
+        ending.start()
+        try:
+            with open_database(f"sqlite:///{path}") as database, database.read() as connection:
+                assert connection.execute(select(generation.c.number)).all() == [(0,)]
+                assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+        finally:
+            ending.join()
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.version_table)
 def test_the_tables_are_what_the_migrations_make(schema: Schema, database_url: str) -> None:
     """Alembic finds no difference between the migrated database and the tables in code, and no newer migration."""

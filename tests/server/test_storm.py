@@ -161,7 +161,8 @@ def test_nothing_is_lost_and_nothing_finished_twice(database_url: str, tmp_path:
     worker = {"serve_http": False, "emulated_slots": 1}
     server = {"run_probes": False}
     log = tmp_path / "storm.log"
-    with Nursery(base=base, log=log) as nursery:
+    with contextlib.ExitStack() as stack, Nursery(base=base, log=log) as nursery:
+        stack.callback(lambda: print(log.read_text()[-6000:]))  # shown where the test fails
         weather = Weather(
             nursery=nursery,
             worker_settings=worker,
@@ -185,8 +186,7 @@ def test_nothing_is_lost_and_nothing_finished_twice(database_url: str, tmp_path:
             submitting.join(70)
         assert client.surprises == []
         assert min(weather.kills.values()) >= 3, weather.kills
-        with open_database(database_url) as database, contextlib.ExitStack() as stack:
-            stack.callback(lambda: print(log.read_text()[-6000:]))  # shown where the test fails
+        with open_database(database_url) as database:
 
             def all_ended() -> bool:
                 with database.read() as connection:
