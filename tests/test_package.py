@@ -125,7 +125,7 @@ FLOORS: list[tuple[str, ...]] = [
         "doctor",
         "cache",
     ),
-    ("present", "reporting", "cli", "__init__", "__main__"),
+    ("present", "reporting", "cli", "integrations", "__init__", "__main__"),
 ]
 
 

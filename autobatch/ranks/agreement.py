@@ -108,16 +108,20 @@ def describe_cards(facts: Sequence[DeviceFacts]) -> str:
     )
 
 
-def worst(trials: Sequence[Trial | None]) -> Trial:
-    """One trial for all ranks: the one that failed, where one did; else the one with the largest footprint.
+def worst(trials: Sequence[Trial | None], facts: Sequence[DeviceFacts]) -> Trial:
+    """One trial for all ranks: the one that failed, where one did; else the one that left its device the least room.
 
     Args:
         trials: by rank; None where a rank was stopped since another's was over.
+        facts: by rank.
     """
-    rank, trial = max(
-        ((rank, trial) for rank, trial in enumerate(trials) if trial is not None),
-        key=lambda each: (not each[1].fits, each[1].outcome is Outcome.OUT_OF_MEMORY, each[1].footprint_bytes),
-    )
+
+    def badness(each: tuple[int, Trial]) -> tuple[bool, bool, int]:
+        rank, trial = each
+        over = trial.footprint_bytes - facts[rank].memory.budget_bytes
+        return not trial.fits, trial.outcome is Outcome.OUT_OF_MEMORY, over
+
+    rank, trial = max(((rank, trial) for rank, trial in enumerate(trials) if trial is not None), key=badness)
     if trial.fits or len(trials) == 1:
         return trial
     return dataclasses.replace(trial, note=f"rank {rank}" + (f": {trial.note}" if trial.note else ""))

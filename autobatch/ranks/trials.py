@@ -49,7 +49,7 @@ class RankTrials:
             deadline_seconds: after which no trial begins; the rank whose clock says so first decides.
         """
         self._local, self._link = local, link
-        self._facts = weakest(facts)
+        self._all_facts, self._facts = facts, weakest(facts)
         self.history: list[list[Trial]] = [[] for _ in facts]
         """The trials that each rank brought to an end, in the order in which they ran."""
         self._prepared = False
@@ -98,7 +98,7 @@ class RankTrials:
         if not growth or all(each is not None and each.fits for each in trials):  # else it is tried again
             for history, each in zip(self.history, trials, strict=True):
                 history.extend([each] if each is not None else [])
-        return worst(trials), growth
+        return worst(trials, self._all_facts), growth
 
     def _run_gated(
         self, window: tuple[int, ...], *, confirmation: bool

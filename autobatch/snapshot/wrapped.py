@@ -102,7 +102,8 @@ def unnamed_wrapper(named: Sequence[object], parameters: Iterable[torch.Tensor])
 
 
 def _is_fsdp(module: object) -> bool:
-    return callable(getattr(module, "set_requires_gradient_sync", None))
+    # By its type: what torch.compile returns passes on every attribute of the model that it compiled.
+    return callable(getattr(type(module), "set_requires_gradient_sync", None))
 
 
 def _reset_fsdp(module: Any) -> None:

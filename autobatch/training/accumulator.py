@@ -249,7 +249,8 @@ class Accumulator:
             raise
 
     def _check_held(self, window: Window) -> None:
-        if window.counted and not self._update.holds_gradients():
+        # FSDP2 keeps them elsewhere until the last backward.
+        if self._ranks.holds_whole and window.counted and not self._update.holds_gradients():
             raise UsageError("gradients were cleared inside of a window: take zero_grad() out of the loop")
 
     def _run_waiting(self, window: Window, *, last: bool) -> None:
@@ -471,6 +472,7 @@ class Accumulator:
             self._open = None
             self._update.is_accumulating = False
             self._put_back(window)
+            self._ranks.forget()
 
     # ---- the end of a window ----------------------------------------------------------------------------------------
 

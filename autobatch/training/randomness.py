@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from autobatch.snapshot.process import other_generators, torch_generators
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from autobatch.snapshot.process import Generator
 
-__all__ = ["KeptGenerators"]
+__all__ = ["KeptGenerators", "unchanged_generators"]
 
 LOOK_EVERY = 64
 
@@ -48,6 +51,17 @@ class KeptGenerators:
         """Put the kept states back."""
         for (_, _, write), state in (*self._others, *self._torch):
             write(state)
+
+
+@contextlib.contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Put every random generator back at the end as it was at the beginning."""
+    kept = KeptGenerators()
+    kept.keep()
+    try:
+        yield
+    finally:
+        kept.put_back()
 
 
 def _plain(state: Any) -> list[object]:

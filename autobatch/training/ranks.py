@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch.errors import UsageError
+from autobatch.snapshot.wrapped import wrappers_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,6 +69,9 @@ class RankGradients(Protocol):
     def check_same(self, number: int) -> None:
         """Refuse, on every rank, numbers of micro-batches that differ where that would hang."""
 
+    def forget(self) -> None:
+        """Ready the wrapper for a new window where one is left half-way, and let go of the gradients that it keeps itself."""
+
 
 class AloneRank:
     """No other rank, or none that a wrapper of torch synchronises with."""
@@ -92,9 +96,16 @@ class AloneRank:
     def check_same(self, number: int) -> None:
         """Nothing can differ."""
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 class _DistributedRank:
-    """Ranks of `torch.distributed`."""
+    """Ranks of `torch.distributed`.
+
+    They tell each other numbers in host memory, over gloo: it waits for no kernel, and works where collectives on the device
+    carry no values, as on emulated cards.
+    """
 
     can_retry = False
 
@@ -103,6 +114,7 @@ class _DistributedRank:
 
         self._model = model
         self._group = group
+        self._talks = _host_group(group)
         self.averaged_over = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -111,17 +123,27 @@ class _DistributedRank:
         import torch
         import torch.distributed as dist
 
-        numbers = torch.tensor(dataclasses.astuple(mine), dtype=torch.float64, device=self._device())
-        dist.all_reduce(numbers, group=self._group)
+        numbers = torch.tensor(dataclasses.astuple(mine), dtype=torch.float64, device="cpu")
+        dist.all_reduce(numbers, group=self._talks)
         return Meeting(*numbers.tolist())
 
-    def _device(self) -> torch.device:
-        import torch
-        import torch.distributed as dist
+    def forget(self) -> None:
+        """A reducer waits for gradients that will not come; FSDP2 keeps those of backwards that did not meet."""
+        for _, ready in wrappers_below(self._model):
+            ready()
 
-        if dist.get_backend(self._group) == "nccl":
-            return next(self._model.parameters()).device
-        return torch.device("cpu")
+
+def _host_group(group: torch.distributed.ProcessGroup | None) -> torch.distributed.ProcessGroup | None:
+    """A group of the same ranks that carries tensors of the host."""
+    import torch.distributed as dist
+
+    if dist.get_backend(group) == "gloo":
+        return group
+    if group is None or dist.get_world_size(group) == dist.get_world_size():
+        made = dist.new_group(backend="gloo")
+    else:  # made by its own ranks alone, each with a model of its own
+        made = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    return made if isinstance(made, dist.ProcessGroup) else None
 
 
 class _DdpRank(_DistributedRank):
@@ -149,8 +171,8 @@ class _DdpRank(_DistributedRank):
         import torch.distributed as dist
 
         parameters = [value for value in self._wrapper.module.parameters() if value.requires_grad]
-        held = torch.tensor([value.grad is not None for value in parameters], dtype=torch.int32, device=self._device())
-        dist.all_reduce(held, group=self._group)
+        held = torch.tensor([value.grad is not None for value in parameters], dtype=torch.int32, device="cpu")
+        dist.all_reduce(held, group=self._talks)
         for parameter, holders in zip(parameters, held.tolist(), strict=True):
             if not holders:
                 continue  # used by no rank: without a gradient an optimizer leaves it alone
@@ -185,8 +207,8 @@ class _FsdpRank(_DistributedRank):
         import torch
         import torch.distributed as dist
 
-        bounds = torch.tensor([number, -number], device=self._device())
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        bounds = torch.tensor([number, -number], device="cpu")
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._talks)
         most, least = int(bounds[0]), -int(bounds[1])
         if most != least:
             raise UsageError(

@@ -30,6 +30,8 @@ def check_report(reports: list[Any], wrapper: str) -> dict[str, Any]:
     assert (report["basis"], report["device"]["name"], report["certified"]) == ("emulated", "Tesla T4", True)
     assert report["plan"]["world_size"] == report["options"]["world_size"] == 2
     assert "rank 1 (Tesla T4)" in report["warnings"][-1]
+    fitting = [trial["footprint_bytes"] for trial in report["trials"] if trial["outcome"] == "fits"]
+    assert max(fitting) <= report["memory"]["budget_bytes"], "a trial's figures are of another card than the report's"
     return report
 
 
@@ -52,3 +54,11 @@ def test_the_maximum_of_two_ranks_is_that_of_brute_force(wrapper: str, tmp_path:
         assert answers(machine, tmp_path, "run", wrapper, str(size), steps) == ["fits", "fits"]
         larger, smaller = answers(machine, tmp_path, "run", wrapper, str(size + 1), steps)
         assert (larger, smaller != "fits") == ("fits", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_ranks_train_an_epoch_together(wrapper: str, tmp_path: Path) -> None:
+    """Collectives on emulated cards carry no values: what ranks tell each other at the end of an epoch arrives all the same."""
+    with open_machine(("L4", "T4")) as machine:
+        assert answers(machine, tmp_path, "accumulate", wrapper) == [{"steps": 3, "samples": 14}] * 2

@@ -169,6 +169,19 @@ def fsdp_figures(rank: int) -> dict[str, Any]:
     result = late.accumulator.finish()
     figures["late"] = late.difference(x)
     figures["late_samples"] = result.samples if result else None
+    # Four micro-batches a window: gradients of three are held where no parameter shows them.
+    longer = Rank(model, 8, make_plan(target=8, max_micro_batch_size=1, world_size=2))
+    for piece in (x[:4] if rank == 0 else x[4:]).split(1):
+        longer.accumulator.add(piece, longer.loss)
+    figures["longer"] = longer.difference(x)
+    # Left half-way, a window leaves nothing behind for the next.
+    dropped = Rank(model, 8, make_plan(target=8, max_micro_batch_size=1, world_size=2), last_window="drop")
+    for piece in (x[:3] if rank == 0 else x[3:6]).split(1):
+        dropped.accumulator.add(piece, dropped.loss)
+    dropped.accumulator.finish()
+    for piece in (x[:4] if rank == 0 else x[4:]).split(1):
+        dropped.accumulator.add(piece, dropped.loss)
+    figures["after_a_dropped_one"] = dropped.difference(x)
     return figures
 
 
@@ -306,6 +319,8 @@ def test_fsdp2_equals_one_process(ranks: list[dict[str, Any]]) -> None:
         assert "error" not in rank["fsdp"], rank["fsdp"]
         assert rank["fsdp"]["whole"] <= 1e-12
         assert rank["fsdp"]["streamed"] <= 1e-12
+        assert rank["fsdp"]["longer"] <= 1e-12
+        assert rank["fsdp"]["after_a_dropped_one"] <= 1e-12
         assert "1 to 2 micro-batches" in rank["fsdp"]["unequal"]
 
 

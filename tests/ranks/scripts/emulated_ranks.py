@@ -1,4 +1,7 @@
-"""A rank on an emulated card: `probe WRAPPER… UNIT` finds plans, `run WRAPPER N K` trains with K micro-batches of N a step."""
+"""A rank on an emulated card: `probe WRAPPER… UNIT` finds plans, `run WRAPPER N K` trains with K micro-batches of N a step.
+
+`accumulate WRAPPER` trains an epoch by `Accumulator`, whose last window is incomplete.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,24 @@ def run(wrapper: str, size: str, steps: str) -> str:
     return "fits" if settled else "flushes"
 
 
+def accumulate(wrapper: str) -> dict[str, int]:
+    """Train on two windows of three micro-batches and the half of a third."""
+    import autobatch
+
+    job = Job(wrapper)
+    plan = autobatch.make_plan(target=12, max_micro_batch_size=2, world_size=2)
+    training = autobatch.Accumulator(plan, model=job.model, optimizer=job.optimizer)
+    for _ in range(7):
+        training.add(torch.zeros(2, FEATURES, device="cuda"), lambda x: job.model(x).square().mean())
+    training.finish()
+    return {"steps": training.optimizer_steps, "samples": training.samples_seen}
+
+
 if what == "probe":
     *wrappers, multiple = words
     answer: object = {wrapper: probe(wrapper, multiple) for wrapper in wrappers}
+elif what == "accumulate":
+    answer = accumulate(*words)
 else:
     answer = run(*words)
 Path(folder, f"{rank}.json").write_text(json.dumps(answer))
