@@ -227,11 +227,6 @@ class CardProbes:
         return isinstance(self._subject, _Command)
 
     @property
-    def target(self) -> int:
-        """Samples per optimizer step."""
-        return int(self._options["target"])
-
-    @property
     def cards_at_once(self) -> int:
         """Cards that may stand in one machine."""
         from autobatch.emulator.machine import MOST_DEVICES

@@ -163,7 +163,7 @@ class _RankQuestion:
         if self.cache != "off":
             raise UsageError(f"cache={self.cache!r} is not there for several ranks yet: leave it out, or cache='off'")
         asked = _options(self.target, {"world_size": link.world_size, **self.options})
-        _check_rank_sizes(self.rank_sizes, num_ranks=asked.world_size, split=asked.split)
+        _check_rank_sizes(self.rank_sizes, num_ranks=link.world_size, split=asked.split, objective=asked.objective)
         if link.world_size % asked.world_size:
             raise UsageError(
                 f"world_size {asked.world_size} does not divide the {link.world_size} ranks that run: leave it out, or give "
@@ -177,13 +177,15 @@ class _RankQuestion:
         return asked
 
 
-def _check_rank_sizes(rank_sizes: object, *, num_ranks: int, split: str = "balanced") -> None:
+def _check_rank_sizes(rank_sizes: object, *, num_ranks: int, split: str = "balanced", objective: str = "max") -> None:
     if rank_sizes not in RANK_SIZES:
         raise UsageError(f"rank_sizes {rank_sizes!r} is unknown; choose {' or '.join(RANK_SIZES)}")
     if rank_sizes == "own" and num_ranks == 1:
         raise UsageError("rank_sizes='own' is for several ranks, and this process trains alone: leave it out")
     if rank_sizes == "own" and split != "balanced":
         raise UsageError(f"rank_sizes='own' mixes sizes, and split is {split!r}: give split='balanced' too")
+    if rank_sizes == "own" and objective == "throughput":
+        raise UsageError("rank_sizes='own' gives each rank its largest size, whatever its speed: take objective='max'")
 
 
 def _probe_over_ranks(

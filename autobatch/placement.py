@@ -38,6 +38,7 @@ PlacementVerdict = Literal["fits", "does_not_fit", "no_plan", "unknown"]
 """`no_plan`: the target cannot be split over so many cards. `unknown`: nothing could be found out; the reason says why."""
 _VERDICT_ORDER = {"fits": 0, "does_not_fit": 1, "no_plan": 2, "unknown": 3}
 _MOST_COUNT = 1_000_000
+_HIGHEST_PRICE = 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,10 @@ class Candidate:
         ):
             raise UsageError(
                 f"price of {self.gpu} {price!r} is not a price for an hour; give a number of at least 0, like 1.5"
+            )
+        if price is not None and price * self.count > _HIGHEST_PRICE:
+            raise UsageError(
+                f"price of {self.gpu} {price!r} times {self.count} cards is above {_HIGHEST_PRICE:.0e} for an hour; give less"
             )
 
 
@@ -199,7 +204,7 @@ def parse_candidate(text: str) -> Candidate:
     name, colon, count = text.strip().rpartition(":")
     if not colon:
         name, count = count, "1"
-    if not name.strip() or not count.strip().isdecimal():
+    if not name.strip() or not count.strip().isdecimal() or len(count) > 20:
         raise UsageError(f"gpu {text!r} is not a card, or a card and a count: write L4, or L4:4 for four of them")
     return Candidate(gpu=name.strip(), count=int(count))
 

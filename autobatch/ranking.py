@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autobatch.child_probe import CardProbes, CardsOfOneMachine
-from autobatch.errors import NoGpuError, PlanError, UsageError, WorkloadError
+from autobatch.errors import AutobatchError, BusyError, NoGpuError, PlanError, UsageError, WorkloadError
 from autobatch.evidence import Evidence
 from autobatch.gpu.catalogue import find_card, load_catalogue
+from autobatch.options import ProbeOptions
 from autobatch.placement import (
     RANK_BY,
     Candidate,
@@ -24,6 +27,7 @@ from autobatch.placement import (
     in_order,
     parse_candidate,
 )
+from autobatch.plan import check_int
 from autobatch.probing import nothing_fits
 from autobatch.units import format_bytes
 
@@ -83,7 +87,8 @@ def placements(  # noqa: PLR0913 - what each caller may choose
         show_output: whether what the job prints goes to standard error.
         cache: as for `probe_workload`; what is remembered of a card counts for every later ranking and probe on it.
         processes: children at once; as many as there are cores where None, up to 4. A command has one.
-        **options: further fields of `ProbeOptions` by name, but for the device, the card and the ranks.
+        **options: further fields of `ProbeOptions` by name, but for the device, the card and the ranks. `deadline` is for the
+            ranking as a whole: what is not done by then is `unknown`.
 
     Returns:
         All candidates, what fits first. A candidate has data-parallel ranks on all its cards, and the figures are those of one
@@ -92,7 +97,7 @@ def placements(  # noqa: PLR0913 - what each caller may choose
     Raises:
         UsageError: an argument has no meaning, or a candidate is no card.
         WorkloadError: the job fails on every card, but not for want of memory.
-        BusyError: a deadline passed.
+        BusyError: the deadline passed before anything was found out.
 
     Example:
         >>> table = placements("gpt2", target=256, candidates=["L4:4", "A100-SXM4-40GB"])  # doctest: +SKIP
@@ -103,6 +108,10 @@ def placements(  # noqa: PLR0913 - what each caller may choose
         raise UsageError(f"rank_by {rank_by!r} is unknown; choose {', '.join(RANK_BY)}")
     if decided := sorted(set(options) & set(_DECIDED)):
         raise UsageError(f"{', '.join(decided)} cannot be given to a ranking: each candidate has its own")
+    if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(ProbeOptions)}):
+        raise UsageError(f"placements() has no option {', '.join(unknown)}")
+    if processes is not None:
+        check_int("processes", processes, 1)
     wanted = _checked(candidates)
     probes = CardProbes(
         job,
@@ -112,7 +121,7 @@ def placements(  # noqa: PLR0913 - what each caller may choose
         cache=cache,
         options={"target": target, **options},
     )
-    ranking = _Ranking(probes, wanted, progress or (lambda _: None))
+    ranking = _Ranking(probes, wanted, progress or (lambda _: None), _deadline(probes, wanted[0].gpu))
     ranking.run(1 if probes.is_command else processes or min(_MOST_PROCESSES, os.cpu_count() or 1))
     return PlacementTable(
         workload=probes.name, target=target, rank_by=rank_by, placements=in_order(ranking.results(), rank_by)
@@ -129,33 +138,54 @@ def _checked(candidates: Iterable[Candidate | str] | None) -> tuple[Candidate, .
         return tuple(Candidate(gpu=card.name) for card in load_catalogue())
     if isinstance(candidates, str):
         raise UsageError(f"candidates is the text {candidates!r}: pass a list of them, as in [{candidates!r}]")
-    read = [parse_candidate(one) if isinstance(one, str) else one for one in candidates]
+    read = [parse_candidate(one) if isinstance(one, str) else _as_candidate(one) for one in candidates]
     named = [dataclasses.replace(one, gpu=find_card(one.gpu).name) for one in read]
     if not named:
         raise UsageError("there is no candidate: name at least one card")
     return tuple(dict.fromkeys(named))
 
 
+def _deadline(probes: CardProbes, gpu: str) -> float | None:
+    """When the ranking is to be over, by the monotonic clock; None without a deadline, or where no trial will run."""
+    try:
+        limit = probes.options(gpu, 1).deadline
+    except PlanError:
+        return None
+    return None if limit is None else time.monotonic() + limit
+
+
+def _as_candidate(value: object) -> Candidate:
+    if not isinstance(value, Candidate):
+        raise UsageError(f"candidate {value!r} is a {type(value).__name__}: give a Candidate, or text such as 'L4:4'")
+    return value
+
+
 class _Ranking:
     """Candidates under way."""
 
     def __init__(
-        self, probes: CardProbes, candidates: Sequence[Candidate], progress: Callable[[CardRanked], None]
+        self,
+        probes: CardProbes,
+        candidates: Sequence[Candidate],
+        progress: Callable[[CardRanked], None],
+        deadline: float | None,
     ) -> None:
         self._probes, self._candidates, self._progress = probes, candidates, progress
+        self._deadline = deadline
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._results: dict[Candidate, Placement] = {}
-        self._failures: list[WorkloadError] = []
+        self._failures: list[AutobatchError] = []
         self._reports: list[Report] = []
 
     def results(self) -> list[Placement]:
         """What was found, in the order in which candidates were given.
 
         Raises:
-            WorkloadError: the job failed wherever it was tried.
+            AutobatchError: nothing was found out of any, for this reason.
         """
-        if self._failures and not self._reports:
+        found_out = any(one.verdict in {"fits", "does_not_fit"} for one in self._results.values())
+        if self._failures and not found_out:
             raise self._failures[0]
         return [self._results[candidate] for candidate in self._candidates]
 
@@ -193,9 +223,14 @@ class _Ranking:
             self._note(candidate, "no_plan", str(error))
             return
         except UsageError as error:
-            if self._probes.target >= candidate.count:
-                raise
+            with contextlib.suppress(PlanError):
+                self._probes.options(candidate.gpu, 1)  # what has no meaning on one card either has none at all
             self._note(candidate, "no_plan", str(error).partition(";")[0])
+            return
+        try:
+            options.headroom_bytes(find_card(candidate.gpu).nvml_total_bytes)
+        except UsageError as error:
+            self._note(candidate, "does_not_fit", str(error))
             return
         report = self._probes.trusted(options)
         if report is not None:
@@ -218,19 +253,20 @@ class _Ranking:
         with self._probes.machine([gpu for gpu, _ in some]) as machine:
             for index, (_, candidates) in enumerate(some):
                 for candidate in [one for one in candidates if one not in self._results]:
-                    if self._stop.is_set():
-                        return ()
                     try:
-                        self._probe(machine, index, candidate)
+                        if not self._stop.is_set():
+                            self._probe(machine, index, candidate)
                     except WorkloadError as error:
                         if self._stop.is_set():
                             return ()
                         if index:
                             return some[index:]
-                        self._failures.append(error)
-                        self._note(candidate, "unknown", str(error))
-                if not machine.is_alive:
-                    return some[index + 1 :]
+                        self._fail(candidate, error)
+                    if self._stop.is_set():
+                        return ()
+                    if not machine.is_alive:  # the child is gone; of this card there may be other numbers to try
+                        is_done = all(one in self._results for one in candidates)
+                        return some[index + is_done :]
         return ()
 
     def _probe(self, machine: CardsOfOneMachine, index: int, candidate: Candidate) -> None:
@@ -241,13 +277,33 @@ class _Ranking:
         """
         try:
             options = self._probes.options(candidate.gpu, candidate.count)
-            report = machine.probe(index, options, first=self._first(candidate.gpu))
-        except (NoGpuError, UsageError) as error:
-            self._note(candidate, "unknown", str(error))
+            asked = dataclasses.replace(options, deadline=self._seconds_left())
+            report = machine.probe(index, asked, first=self._first(candidate.gpu))
+        except (BusyError, NoGpuError, UsageError) as error:
+            self._fail(candidate, error)
         except PlanError as error:
             self._note(candidate, "no_plan", str(error))
         else:
-            self._note_report(candidate, report)
+            self._note_report(candidate, dataclasses.replace(report, options=options))
+
+    def _seconds_left(self) -> float | None:
+        """Of the deadline; None without one.
+
+        Raises:
+            BusyError: none are.
+        """
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise BusyError("the deadline had passed before its turn came")
+        return left
+
+    def _fail(self, candidate: Candidate, error: AutobatchError) -> None:
+        """Note that nothing was found out, and why."""
+        with self._lock:
+            self._failures.append(error)
+        self._note(candidate, "unknown", str(error))
 
     def _first(self, gpu: str) -> int | None:
         card = find_card(gpu)

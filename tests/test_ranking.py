@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 
 JOBS = """
     import os
+    import time
     import torch
 
     def job(device="cuda"):
@@ -45,6 +46,15 @@ JOBS = """
     def dies_on_an_l4():
         if "L4" in torch.cuda.get_device_name():
             os._exit(3)
+        return job()
+
+    def dies_above_four():
+        micro_step, optimizer = job()
+        return (lambda n: os._exit(9) if n > 4 else micro_step(n)), optimizer
+
+    def hangs_on_an_l4():
+        if "L4" in torch.cuda.get_device_name():
+            time.sleep(600)
         return job()
 
     def breaks():
@@ -99,6 +109,49 @@ def test_a_job_that_bears_no_company_is_probed_alone(jobs: str, name: str) -> No
         assert verdicts["L4"][1].startswith("the training job ended by itself with status 3 at micro-batch")
 
 
+def test_a_number_of_cards_on_which_the_job_dies_costs_no_other(jobs: str) -> None:
+    """What died took its process along, and another is started."""
+    table = autobatch.placements(f"{jobs}:dies_above_four", target=16, candidates=["T4", "T4:4"], processes=1)
+    assert {one.count: one.verdict for one in table.placements} == {1: "unknown", 4: "fits"}
+
+
+@pytest.mark.slow
+def test_what_is_done_when_the_deadline_passes_is_not_lost(jobs: str) -> None:
+    """The deadline is that of the whole ranking: who has not had its turn by then is told so."""
+    table = ranked(f"{jobs}:hangs_on_an_l4", ["T4", "L4", "A10"], processes=1, deadline=20)
+    reasons = {one.gpu: (one.verdict, one.reason) for one in table.placements}
+    assert reasons["T4"][0] == "fits"
+    assert reasons["L4"][0] == reasons["A10"][0] == "unknown"
+    assert "deadline" in reasons["L4"][1]
+    assert reasons["A10"][1] == "the deadline had passed before its turn came"
+
+
+def test_a_target_that_one_candidate_cannot_split_costs_no_other(jobs: str) -> None:
+    """Of eight ranks each would take fewer samples than the multiple asked for; one card takes them all."""
+    table = autobatch.placements(
+        f"{jobs}:job", target=256, candidates=["L4", "L4:8"], multiple_of=64, max_micro_batch=64, processes=1
+    )
+    assert {one.count: one.verdict for one in table.placements} == {1: "fits", 8: "no_plan"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--target", "7", "--gpu", "L4:2"), 5, "the target cannot be split over any of the candidates"),
+        (("--target", "16", "--gpu", "L4", "--headroom", "30GiB"), 3, "fits none of 1 candidates"),
+        (("--target", "16", "--gpu", "L4", "--", "nosuch{micro_batch_size}"), 2, "nosuch"),
+        (("--target", "16", "--gpu", "L4", "--rank-by", "cost"), 2, "--rank-by cost needs prices"),
+    ],
+)
+def test_where_nothing_fits_the_exit_status_says_why(
+    jobs: str, words: tuple[str, ...], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too large for each card, indivisible, or not a command at all."""
+    job = () if "--" in words else (f"{jobs}:job",)
+    assert main(["rank", *job, *words]) == status
+    assert message in capsys.readouterr().err
+
+
 def test_a_job_that_fails_everywhere_fails(jobs: str) -> None:
     """With its own words."""
     with pytest.raises(autobatch.WorkloadError, match="no such column"):
@@ -113,13 +166,16 @@ def test_a_job_that_fails_everywhere_fails(jobs: str) -> None:
         ({"candidates": "L4"}, r"candidates is the text 'L4': pass a list of them, as in \['L4'\]"),
         ({"candidates": []}, "there is no candidate"),
         ({"candidates": ["L5"]}, "GPU 'L5' cannot be emulated"),
-        ({"headrom": 0}, "headrom"),
+        ({"headrom": 0}, r"placements\(\) has no option headrom"),
+        ({"candidates": [("L4", 2)]}, r"candidate \('L4', 2\) is a tuple: give a Candidate, or text such as 'L4:4'"),
+        ({"processes": -1}, "processes -1 is below 1"),
+        ({"target": "x"}, "target 'x' is not"),
     ],
 )
 def test_what_has_no_meaning_is_refused_before_anything_starts(more: dict[str, Any], message: str) -> None:
     """In one line."""
-    with pytest.raises((autobatch.UsageError, TypeError), match=message):
-        autobatch.placements("gpt2", target=16, **more)
+    with pytest.raises(autobatch.UsageError, match=message):
+        autobatch.placements("gpt2", **{"target": 16, **more})
 
 
 def test_the_command_line_ranks_prices_and_draws(jobs: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from autobatch.cli.flags import add_option_flags, options_from
 from autobatch.cli.output import error_console, say, write_json, write_view
 from autobatch.cli.probe import Subject, add_command_flags
 from autobatch.cli.settings import read_settings
-from autobatch.errors import NothingFitsError, UsageError
+from autobatch.errors import NothingFitsError, PlanError, UsageError
 from autobatch.placement import RANK_BY, Candidate, parse_candidate, parse_price
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def run(parsed: argparse.Namespace) -> int:
     options = options_from(parsed, of_the_file)
     candidates = _candidates(parsed.gpu, parsed.price)
     plot = _checked_plot(parsed.plot)
+    if parsed.rank_by == "cost" and not parsed.price:
+        raise UsageError("--rank-by cost needs prices: give --price NAME=PRICE for each card, such as --price L4=0.60")
     rank_by: RankBy = parsed.rank_by or ("cost" if parsed.price else "gpus")
     with RankingLines(error_console(), live=not parsed.verbose) as progress:
         table = placements(
@@ -102,9 +104,14 @@ def run(parsed: argparse.Namespace) -> int:
 
         draw_placements(table, plot)
         say(f"plot written to {plot}")
-    if all(one.verdict != "fits" for one in table.placements):
+    verdicts = {one.verdict for one in table.placements}
+    if "fits" in verdicts:
+        return 0
+    if "does_not_fit" in verdicts:
         raise NothingFitsError(_why_none(table))
-    return 0
+    raise PlanError(
+        f"{table.workload}: the target cannot be split over any of the candidates: the table says why of each"
+    )
 
 
 def _candidates(gpus: Sequence[str], prices: Sequence[str]) -> list[Candidate] | None:

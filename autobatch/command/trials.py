@@ -222,7 +222,7 @@ class CommandTrials:
         if ranks != expected:
             raise UsageError(
                 f"the command runs {ranks} ranks (WORLD_SIZE), and the probe was asked for {expected}: give "
-                f"--world-size {ranks}"
+                f"--world-size {ranks}, or start as many ranks, as by torchrun --nproc-per-node {{world_size}}"
             )
 
     # ---- what went wrong --------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def placements_figure(table: PlacementTable, theme: Theme) -> Figure:
 
     rows = table.placements
     names = [f"{one.rank}  {cards_text(one)}" for one in rows]
-    words = [_words(one) for one in rows]
+    priced = any(one.price_per_hour is not None for one in rows)
+    words = [_words(one, priced=priced) for one in rows]
     left = max(text_width(name, TEXT_POINTS) for name in names) + _EDGE + 8
     right = max(text_width(text, SMALL_POINTS) for text in words) + _EDGE + 8
     height = _HEAD + _ROW * len(rows) + _FOOT
@@ -97,14 +98,18 @@ def _draw_bar(axes: Axes, row: int, one: Placement, total_gib: float, theme: The
         )
 
 
-def _words(one: Placement) -> str:
-    price = "" if one.price_per_hour is None else f"  {one.price_per_hour:.2f}/h"
+def _words(one: Placement, *, priced: bool) -> str:
+    price = f"  {one.price_per_hour:.2f}/h" if one.price_per_hour is not None else "  no price" if priced else ""
     return plan_words(one) + price
 
 
 def _legend(table: PlacementTable) -> list[str]:
     """What the bars mean, and how far to trust them."""
-    lines = ["bar: the card's memory; filled: what the plan takes of it; hatched: not even the smallest size fits"]
+    hatched = any(one.verdict == "does_not_fit" for one in table.placements)
+    lines = [
+        "bar: the card's memory; filled: what the plan takes of it"
+        + ("; hatched: not even the smallest size fits" if hatched else "")
+    ]
     report = next((one.report for one in table.placements if one.report is not None), None)
     if report is not None and report.expected_error:
         lines.append(shortened(f"emulated: {report.expected_error}", SMALL_POINTS, _WIDTH - 2 * _EDGE))

@@ -66,7 +66,8 @@ class RankingLines(_Live):
         one = event.placement
         cached = one.report.cached if one.report is not None else None
         number = len(one.report.trials) - (cached.num_trials if cached else 0) if one.report is not None else 0
-        trials = f"   {number} trial{'s' if number > 1 else ''}" if number else ""
+        words = f"{number} trial{'s' if number > 1 else ''}" if number else "remembered"
+        trials = f"   {words}" if one.report is not None else ""
         line = Text(f"{event.done:>4} of {event.of}  {cards_text(one):<22}{plan_words(one)}{trials}")
         self._console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
         if self._status is not None:

@@ -26,6 +26,7 @@ _LONGEST_PAUSE_SECONDS = 0.2
 _ROLL_CALL_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
 _numbers = itertools.count()
+_ALL = "all are here"
 
 
 def num_ranks() -> int:
@@ -70,8 +71,11 @@ class RankLink:
         # What the ranks met by at their start, under names of this link's own.
         self._store = PrefixStore(f"autobatch/{self._number}", _get_default_store())
         self._arrive()
-        with self.talking():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
+        try:
+            with self.talking():
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            raise self._explain(error, 0.0) from error
         return self
 
     def __exit__(
@@ -167,11 +171,10 @@ class RankLink:
         try:
             self._store.set(f"here/{self.rank}", "")
             if self._store.add("here", 1) == self.world_size:
-                self._store.set("all", "")
-            if self._all_come(self._timeout):
+                self._decide(_ALL)
+            verdict = self._verdict(self._timeout)
+            if verdict == _ALL:
                 return
-            missing = self._without("here")
-            self._store.set("given up", "")
             time.sleep(_LINGER_SECONDS)  # so that the others hear it before the store goes with the rank that keeps it
         except RuntimeError as error:  # the errors of a store are no kind of their own
             raise WorkloadError(
@@ -179,9 +182,24 @@ class RankLink:
                 "each other; what it printed says why"
             ) from error
         raise WorkloadError(
-            f"{_ranks(missing)} did not come to the probe within {self._timeout:g} s: every rank must call it, with the same "
-            "arguments and as often; trial_timeout is how long they wait for each other"
+            f"{verdict}: every rank must call it, with the same arguments and as often; trial_timeout is how long they wait for "
+            "each other"
         )
+
+    def _verdict(self, seconds: float) -> str:
+        """Wait until all are here, or one gave up, by asking: a wait of the store's own does not hear Ctrl-C."""
+        deadline = time.monotonic() + seconds
+        pause = 0.001
+        while not self._store.check(["verdict"]):
+            if time.monotonic() > deadline:
+                return self._decide(f"{_ranks(self._without('here'))} did not come to the probe within {seconds:g} s")
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
+        return str(self._store.get("verdict").decode())
+
+    def _decide(self, verdict: str) -> str:
+        """Say for all whether they begin; the first to say so is right, and a rank that comes later hears it."""
+        return str(self._store.compare_set("verdict", "", verdict).decode())
 
     def _explain(self, error: Exception, waited_seconds: float) -> WorkloadError:
         """Find out by a roll call who is not there."""
@@ -201,24 +219,13 @@ class RankLink:
             return WorkloadError(f"the ranks lost each other, and none is missing by name: {first}")
         if waited_seconds >= self._timeout:
             return WorkloadError(
-                f"{_ranks(missing)} did not answer within {self._timeout:g} s: stuck, or elsewhere than the others; "
-                "trial_timeout is how long they wait for each other"
+                f"{_ranks(missing)} did not answer within {self._timeout:g} s: stuck, or elsewhere than the others, as "
+                "where a collective is of some ranks only; trial_timeout is how long they wait for each other"
             )
         return WorkloadError(f"{_ranks(missing)} ended while the others waited for it: what it printed says why")
 
     def _without(self, key: str) -> list[int]:
         return [rank for rank in range(self.world_size) if not self._store.check([f"{key}/{rank}"])]
-
-    def _all_come(self, seconds: float) -> bool:
-        """Wait until all are here, or one gave up, by asking: a wait of the store's own does not hear Ctrl-C."""
-        deadline = time.monotonic() + seconds
-        pause = 0.001
-        while not self._store.check(["all"]):
-            if time.monotonic() > deadline or self._store.check(["given up"]):
-                return False
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
-        return True
 
 
 def _wait(work: Any) -> None:
@@ -230,7 +237,9 @@ def _wait(work: Any) -> None:
 
 
 def _ranks(numbers: Sequence[int]) -> str:
-    """`rank 3`, `ranks 1 and 3`, `ranks 1, 2, 5 and 40 more`."""
+    """`rank 3`, `ranks 1 and 3`, `ranks 1, 2, 5 and 40 more`; `a rank` for none by name."""
+    if not numbers:  # the last of them came between two looks
+        return "a rank"
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
     if len(numbers) > 4:

@@ -114,7 +114,7 @@ def test_a_candidate_is_read(text: str, expected: tuple[str, int]) -> None:
     assert (found.gpu, found.count) == expected
 
 
-@pytest.mark.parametrize("text", ["", ":4", "L4:", "L4:x", "L4:-1", "L4:1.5", "L4:²"])
+@pytest.mark.parametrize("text", ["", ":4", "L4:", "L4:x", "L4:-1", "L4:1.5", "L4:²", "L4:" + "9" * 5000])
 def test_what_is_no_candidate_is_refused(text: str) -> None:
     """With what would be one."""
     with pytest.raises(UsageError, match="write L4, or L4:4 for four of them"):
@@ -128,6 +128,7 @@ def test_what_is_no_candidate_is_refused(text: str) -> None:
         ({"count": 10**7}, "count of L4 10000000 is above 1000000"),
         ({"price_per_hour": -1.0}, "price of L4 -1.0 is not a price"),
         ({"price_per_hour": float("nan")}, "price of L4 nan is not a price"),
+        ({"price_per_hour": 1e308, "count": 4}, r"price of L4 1e\+308 times 4 cards is above 1e\+15"),
         ({"price_per_hour": True}, "price of L4 True is not a price"),
     ],
 )

@@ -46,14 +46,15 @@ def play(folder: Path, *scenes: str, python: str = sys.executable, waits_for: tu
 
 AGREE = [f"{wrapper}-{where}" for wrapper in ("ddp", "fsdp2") for where in ("forward", "backward")]
 QUESTIONS = ["target", "workload", "mixed", "same-card", "world", "cache", "malformed"]
-OWN = ["own", "own-backward", "own-even", "own-of-one", "unnamed-ddp", "unnamed-fsdp2"]
+OWN = ["own", "own-backward", "own-even", "own-fastest", "own-in-one", "own-of-one"]
+WRAPPED = ["unnamed-ddp", "unnamed-fsdp2", "compiled-fsdp2"]
 FAULTS = ["swallows", "breaks", "one-more", "late"]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """All that the same processes can play one after the other, the death of rank 1 at the end."""
-    return play(tmp_path_factory.mktemp("ranks"), *AGREE, *QUESTIONS, *OWN, *FAULTS, "dies", waits_for=(0, 2))
+    return play(tmp_path_factory.mktemp("ranks"), *AGREE, *QUESTIONS, *OWN, *WRAPPED, *FAULTS, "dies", waits_for=(0, 2))
 
 
 @pytest.mark.parametrize("scene", AGREE)
@@ -89,6 +90,11 @@ def test_each_rank_finds_its_own_size(said: list[Any], scene: str) -> None:
     assert autobatch.Report.from_dict(reports[0]).to_dict() == reports[0]
 
 
+def test_a_model_that_was_compiled_is_no_wrapper_of_another_kind(said: list[Any]) -> None:
+    """What `torch.compile` returned stands beside the model that `restore` names."""
+    assert [rank["compiled-fsdp2"].get("max_micro_batch_size") for rank in said] == [600] * 3
+
+
 def test_a_job_that_catches_what_stopped_it_is_stopped_all_the_same(said: list[Any]) -> None:
     """Each further collective is refused, and what came of the trial on that rank does not count."""
     assert [rank["swallows"]["max_micro_batch_size"] for rank in said] == [600] * 3
@@ -104,6 +110,12 @@ def test_a_job_that_catches_what_stopped_it_is_stopped_all_the_same(said: list[A
         ("world", "UsageError", "world_size 2 does not divide the 3 ranks that run"),
         ("cache", "UsageError", "cache='confirm' is not there for several ranks yet"),
         ("own-even", "UsageError", "rank_sizes='own' mixes sizes, and split is 'even': give split='balanced' too"),
+        ("own-fastest", "UsageError", "rank_sizes='own' gives each rank its largest size, whatever its speed"),
+        (
+            "own-in-one",
+            "UsageError",
+            "rank_sizes='own' needs data of its own on each of the 3 ranks, and world_size is 1",
+        ),
         ("own-of-one", "UsageError", "rank 0 has rank_sizes 'same' and rank 1 has 'own'"),
         ("unnamed-ddp", "UsageError", "the model is in DistributedDataParallel, which restore does not name"),
         ("unnamed-fsdp2", "UsageError", "the model is in FSDP2 (fully_shard), which restore does not name"),

@@ -126,6 +126,16 @@ def own_sizes(where: str) -> Any:
     return probe(Job(memory, "ddp", where), memory, split="balanced", rank_sizes="own", target=5001)
 
 
+def compiled() -> Any:
+    """A compiled model stands around the one that is named, and passes on what it has."""
+    memory = fresh()
+    job = Job(memory, "fsdp2")
+    kept = torch.compile(job.model)
+    answer = probe(job, memory)
+    del kept
+    return answer
+
+
 def unnamed(wrapper: str) -> Any:
     """The model inside of the wrapper is named, and the wrapper is not."""
     memory = fresh()
@@ -232,7 +242,12 @@ SCENES: dict[str, Callable[[], Any]] = {
     "own": lambda: own_sizes("forward"),
     "own-backward": lambda: own_sizes("backward"),
     "own-even": lambda: differs("own-even", rank_sizes=("own",) * 3),
+    "own-fastest": lambda: differs(
+        "own-fastest", rank_sizes=("own",) * 3, split=("balanced",) * 3, objective=("throughput",) * 3
+    ),
+    "own-in-one": lambda: differs("own-in-one", rank_sizes=("own",) * 3, split=("balanced",) * 3, world_size=(1, 1, 1)),
     "own-of-one": lambda: differs("own-of-one", rank_sizes=("same", "own", "same"), split=("balanced",) * 3),
+    "compiled-fsdp2": compiled,
     "unnamed-ddp": lambda: unnamed("ddp"),
     "unnamed-fsdp2": lambda: unnamed("fsdp2"),
     "swallows": swallows,
