@@ -211,7 +211,8 @@ def running_service(
     with contextlib.ExitStack() as stack:
         database = database or stack.enter_context(open_database(settings.database_url))
         services = stack.enter_context(open_services(settings, database))
-        app = create_app(services, executor=executor)
+        runner = stack.enter_context(services.running(executor)) if settings.run_probes else None
+        app = create_app(services, runner=runner)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

@@ -18,32 +18,28 @@ from autobatch_server.routes import catalogue, docs, health, measurements, page,
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from autobatch_server.execution import Executor
+    from autobatch_server.runner import Runner
     from autobatch_server.services import Services
 
 __all__ = ["create_app"]
 
 
-def create_app(services: Services, *, executor: Executor | None = None) -> FastAPI:
+def create_app(services: Services, *, runner: Runner | None = None) -> FastAPI:
     """Make the application.
 
     Args:
         services: what the routes stand on; closed by whoever opened them.
-        executor: what starts runs, in place of child processes.
+        runner: what runs probes in this process, to be told of what comes; None where others run them.
 
     Returns:
-        An ASGI application; its runner works between start-up and shutdown.
+        An ASGI application.
     """
     settings = services.settings
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with contextlib.ExitStack() as stack:
-            if settings.run_probes:
-                runner = stack.enter_context(services.running(executor))
-                app.state.notify = runner.notify
-            yield
-            app.state.closing.set()
+        yield
+        app.state.closing.set()
 
     app = FastAPI(
         title="autobatch",
@@ -58,7 +54,7 @@ def create_app(services: Services, *, executor: Executor | None = None) -> FastA
     )
     app.state.services = services
     app.state.closing = threading.Event()
-    app.state.notify = _nobody_to_notify
+    app.state.notify = runner.notify if runner is not None else _nobody_to_notify
     for module in (plans, measurements, catalogue, probes, health, docs, page):
         app.include_router(module.router)
     install_problem_handlers(app)

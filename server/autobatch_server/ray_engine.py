@@ -133,15 +133,22 @@ class RayEngine:
         labels = node.get("Labels") or {}
         types = [name.removeprefix(_TYPE_RESOURCE) for name in node["Resources"] if name.startswith(_TYPE_RESOURCE)]
         said = labels.get(CARD_LABEL) or labels.get(_TYPE_LABEL) or next(iter(types), None)
-        if said is None or not node["Resources"].get("GPU"):
+        if said is None:
+            return None
+        if not node["Resources"].get("GPU"):
+            self._tell(node, f"it is said to have {said}, and Ray counts no GPU on it: start it with --num-gpus=N")
             return None
         try:
             return find_card(said).name
         except UsageError as error:
-            if node["NodeID"] not in self._told:
-                self._told.add(node["NodeID"])
-                _LOG.warning("Ray node %s is not used: %s; label it %s=NAME", node["NodeID"][:16], error, CARD_LABEL)
+            self._tell(node, f"{error}; label it {CARD_LABEL}=NAME")
             return None
+
+    def _tell(self, node: Mapping[str, Any], why: str) -> None:
+        """Say once why a node is not used."""
+        if node["NodeID"] not in self._told:
+            self._told.add(node["NodeID"])
+            _LOG.warning("Ray node %s is not used: %s", node["NodeID"][:16], why)
 
 
 @contextlib.contextmanager

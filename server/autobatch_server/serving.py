@@ -67,8 +67,11 @@ def serve(settings: Settings, *, executor: Executor | None = None) -> int:
 
 def _serve_http(services: Services, executor: Executor | None) -> int:
     settings = services.settings
-    app = create_app(services, executor=executor)
-    with _listen(settings.host, settings.port) as listening:
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(_listen(settings.host, settings.port))
+        # Before anybody is told that the service is there; a Ray cluster that is not ends it here, in a line.
+        runner = stack.enter_context(services.running(executor)) if settings.run_probes else None
+        app = create_app(services, runner=runner)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         sys.stderr.write(

@@ -63,7 +63,10 @@ def serve(kind: str, port: int, folder: str) -> None:
         token, text = services.tokens.create("bench", ["plan:read"], seconds=None)
         del token
         (Path(folder) / "token").write_text(text)
-        uvicorn.run(create_app(services), host="127.0.0.1", port=port, log_config=None, access_log=False)
+        with services.running() as runner:
+            uvicorn.run(
+                create_app(services, runner=runner), host="127.0.0.1", port=port, log_config=None, access_log=False
+            )
 
 
 @contextlib.contextmanager

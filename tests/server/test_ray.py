@@ -13,6 +13,7 @@ from service_fakes import RunningService, make_settings, running_service
 from autobatch import UnavailableError
 from autobatch_server.execution import ChildExecutor, end_orphans
 from autobatch_server.ray_engine import CARD_LABEL, RayEngine
+from autobatch_server.serving import serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,6 +131,24 @@ def test_no_cluster_and_a_cluster_that_is_not_there_are_told() -> None:
     engine = RayEngine("127.0.0.1:1", emulate=True, memory_limit_bytes=2**30)
     with pytest.raises(UnavailableError, match=r"no Ray cluster at 127\.0\.0\.1:1: "), engine:
         pass
+
+
+def test_a_service_without_its_cluster_ends_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It does not say that it serves."""
+    settings = make_settings(tmp_path, ray_address="127.0.0.1:1", port=0)
+    with pytest.raises(UnavailableError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
+        serve(settings)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_node_without_a_gpu_in_its_resources_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Labelled with a card, it would stand there unused and nobody would know why."""
+    engine = RayEngine("auto", emulate=True, memory_limit_bytes=2**30)
+    node = {"NodeID": "0123456789abcdef0", "Labels": {CARD_LABEL: "L4"}, "Resources": {"CPU": 1}}
+    assert engine._card_of(node) is engine._card_of(node) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ray node 0123456789abcdef is not used: it is said to have L4, and Ray counts no GPU on it: start it with --num-gpus=N"
+    ]
 
 
 def test_a_probe_sees_nothing_of_the_clusters_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,19 +159,20 @@ def _choose_card(services: Services, request: ProbeRequest) -> tuple[str, BasisN
         return wanted, "measured"
     if request.basis == "measured":
         raise ProblemError(
-            "no-matching-runner", f"no runner has a {wanted}: there are {', '.join(sorted(set(real))) or 'none'}"
+            "no-matching-runner", f"no runner has the card {wanted}: there are {', '.join(sorted(set(real))) or 'none'}"
         )
     canonical_gpu(wanted)  # what is emulated must stand in the catalogue
     if request.objective == "throughput":
         raise ProblemError(
-            "no-matching-runner", f"no runner has a {wanted}, and an emulated card knows no time: ask for max or plan"
+            "no-matching-runner",
+            f"no runner has the card {wanted}, and an emulated card knows no time: ask for max or plan",
         )
     if not emulated & {None, wanted}:  # None emulates any card
         others = sorted(filter(None, emulated))
         what = (
             f"those that emulate cards emulate {', '.join(others)}" if others else "none emulates cards at the moment"
         )
-        raise ProblemError("no-matching-runner", f"no runner has a {wanted}, and {what}")
+        raise ProblemError("no-matching-runner", f"no runner has the card {wanted}, and {what}")
     return wanted, "emulated"
 
 
