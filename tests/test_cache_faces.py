@@ -126,6 +126,7 @@ print("trained with", options.batch_size)
 """
 
 
+@pytest.mark.slow
 def test_a_training_that_runs_out_gets_a_smaller_plan_next_time(tmp_path: Path) -> None:
     """Probe, train, run out, and again with the size lowered; the run's own status and words are the script's."""
     (tmp_path / "train.py").write_text(RUNS_OUT)

@@ -109,6 +109,7 @@ def test_a_job_that_bears_no_company_is_probed_alone(jobs: str, name: str) -> No
         assert verdicts["L4"][1].startswith("the training job ended by itself with status 3 at micro-batch")
 
 
+@pytest.mark.slow
 def test_a_number_of_cards_on_which_the_job_dies_costs_no_other(jobs: str) -> None:
     """What died took its process along, and another is started."""
     table = autobatch.placements(f"{jobs}:dies_above_four", target=16, candidates=["T4", "T4:4"], processes=1)

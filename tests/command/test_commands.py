@@ -75,6 +75,7 @@ def test_two_optimizers_and_variables() -> None:
     assert {(trial.micro_batches_per_step, trial.steps) for trial in report.trials} == {(2, 6)}
 
 
+@pytest.mark.slow  # a ranking and the library call run ranks too
 def test_two_ranks_under_torchrun() -> None:
     """A trial ends when each rank has reported, from a card of its own; the launcher and its workers are gone."""
     before = set(psutil.Process().children(recursive=True))
@@ -170,9 +171,8 @@ def test_run_probes_and_trains(tmp_path: Path) -> None:
     assert settings.read_text() == '{"size": 0}'
 
 
-@pytest.mark.parametrize(
-    "lengths", [[64, 512], pytest.param([64, 512, 128], marks=pytest.mark.slow)], ids=["two", "three"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[64, 512], [64, 512, 128]], ids=["two", "three"])
 def test_a_size_for_each_length(lengths: list[int]) -> None:
     """Longer sequences fit fewer; each length has a certificate, found by few trials where others say where to begin."""
     command = [sys.executable, str(SCRIPTS / "plain_loop.py"), *SIZES, "--width", "{seq_len}"]

@@ -160,7 +160,7 @@ def test_a_rank_that_dies_is_named_by_the_others(said: list[Any]) -> None:
     ("scene", "message"),
     [
         pytest.param("hangs", "rank 1 did not answer within 3 s", marks=pytest.mark.slow),
-        ("never", "rank 1 did not come to the probe within 2 s"),
+        pytest.param("never", "rank 1 did not come to the probe within 2 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_keeps_the_others_waiting_is_named(scene: str, message: str, tmp_path: Path) -> None:

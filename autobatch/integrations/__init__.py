@@ -1,0 +1,1 @@
+"""autobatch inside training frameworks: each module needs the framework that it is named after, and nothing else does."""
