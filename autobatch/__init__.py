@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autobatch.facts import DeviceFacts
     from autobatch.gpu.catalogue import Card, find_card, load_catalogue
     from autobatch.gpu.presence import Presence, PresentCard, find_presence
+    from autobatch.handover import plan_from_env
     from autobatch.jsonform import from_json_form, to_json_form
     from autobatch.lengths import LengthEntry, LengthTable
     from autobatch.library import probe
@@ -107,6 +108,7 @@ __all__ = [
     "make_rank_plan",
     "placement_key",
     "placements",
+    "plan_from_env",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -136,6 +138,7 @@ _HOMES = {
         "probe_lengths",
         "probe_workload",
     ),
+    "handover": ("plan_from_env",),
     "lengths": (
         "LengthEntry",
         "LengthTable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,38 @@ def test_a_list_too_long_for_a_program_is_refused() -> None:
 def test_arguments_name_one_size() -> None:
     """What fits on a command line is one size and the steps."""
     assert plan_as_arguments(ONE_SIZE) == "--micro-batch-size 64 --accumulation-steps 4"
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("args:hf", "--per_device_train_batch_size 64 --gradient_accumulation_steps 4"),
+        ("args:lightning", "--data.batch_size 64 --trainer.accumulate_grad_batches 4"),
+        ("args:torchtune", "batch_size=64 gradient_accumulation_steps=4"),
+    ],
+)
+def test_arguments_in_the_words_of_a_framework(form: str, text: str) -> None:
+    """Each refuses, under its own name, what one size cannot say."""
+    assert plan_as_arguments(ONE_SIZE, form) == text
+    with pytest.raises(PlanError, match=f"of which --format {form} can name one only"):
+        plan_as_arguments(MIXED, form)
+
+
+def test_deepspeed_is_told_the_whole_batch() -> None:
+    """It asserts that its three numbers and the ranks agree."""
+    plan = ProbeOptions(target=256, world_size=2).make_plan(32)
+    told = json.loads(plan_as_arguments(plan, "args:deepspeed"))
+    micro, steps = told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]
+    assert told["train_batch_size"] == micro * steps * plan.world_size == 256
+
+
+def test_transformers_reads_its_own_words() -> None:
+    """By the parser of its own arguments."""
+    transformers = pytest.importorskip("transformers")
+    parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+    words = plan_as_arguments(ONE_SIZE, "args:hf").split()
+    (read,) = parser.parse_args_into_dataclasses([*words, "--output_dir", "/tmp/none", "--use_cpu"])  # noqa: S108
+    assert (read.per_device_train_batch_size, read.gradient_accumulation_steps) == (64, 4)
 
 
 @pytest.mark.parametrize(

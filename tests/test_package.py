@@ -76,6 +76,7 @@ PUBLIC = [
     "make_rank_plan",
     "placement_key",
     "placements",
+    "plan_from_env",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -122,6 +123,7 @@ FLOORS: list[tuple[str, ...]] = [
         "command",
         "child_probe",
         "ranking",
+        "handover",
         "doctor",
         "cache",
     ),
@@ -240,7 +242,7 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    of_faces = {"--plot", "--report-to", "--report-as", "--set", "--sizes", "--cache", "--no-cache"}
+    of_faces = {"--plan-file", "--plot", "--report-to", "--report-as", "--set", "--sizes", "--cache", "--no-cache"}
     assert flags - {"--help", "--format", "--verbose"} - of_faces == fields
 
 

@@ -47,7 +47,7 @@ def test_the_option_table_is_the_list_of_knobs():
         if (match := re.match(r"`--([a-z-]+)", row[0]))
     }
     fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(ProbeOptions)}
-    assert set(rows) - {"format", "plot", "report-to", "set", "sizes", "cache"} == set(fields)
+    assert set(rows) - {"format", "plan-file", "plot", "report-to", "set", "sizes", "cache"} == set(fields)
     for name, field in fields.items():
         if field.default not in {None, dataclasses.MISSING}:
             assert rows[name][2].strip("`") == default_text(field)

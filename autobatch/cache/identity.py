@@ -13,6 +13,7 @@ from autobatch._version import __version__
 from autobatch.report import fingerprint
 from autobatch.throughput import windows_per_trial
 from autobatch.workload.loader import WorkloadName
+from autobatch.workload.named import local_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ def workload_identity(name: str) -> JobIdentity:
     """A workload by its name; one of the user's own belongs to a folder, from which it is imported."""
     parsed = WorkloadName.parse(name)
     is_file = parsed.target.endswith(".py")
+    if not parsed.is_own and parsed.factory is not None:
+        return _model_identity(parsed, parsed.factory)
     return _identity(
         str(parsed),
         workload=str(Path(parsed.target).resolve()) if is_file else parsed.target,
@@ -74,6 +77,28 @@ def workload_identity(name: str) -> JobIdentity:
         folder=None if parsed.factory is None or is_file else str(Path.cwd()),
         files=[str(Path(parsed.target).resolve())] if is_file else [],
     )
+
+
+def _model_identity(name: WorkloadName, model: str) -> JobIdentity:
+    """A model of another library by its configuration, and the library's version."""
+    path = local_config(model) if name.target == "hf" else None
+    return _identity(
+        str(name),
+        workload=name.target,
+        model=model if path is None else str(path.resolve()),
+        parameters=dict(name.parameters),
+        library=_version_of({"hf": "transformers"}.get(name.target, name.target)),
+        files=[] if path is None else [str(path.resolve())],
+    )
+
+
+def _version_of(library: str) -> str | None:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def command_identity(template: CommandTemplate, options: ProbeOptions, seq_len: int | None) -> JobIdentity:

@@ -93,9 +93,9 @@ def run(parsed: argparse.Namespace) -> int:
     if workload is None:
         raise UsageError("no workload: name a factory of (model, batch, loss_fn), such as train.py:parts")
     name = WorkloadName.parse(workload)
-    if name.factory is None:
+    if not name.is_own:
         raise UsageError(
-            f"the built-in {name.target} builds its batches itself, for a GPU: name a factory of (model, batch, loss_fn), such "
+            f"{name} builds its batches itself, for a GPU: name a factory of (model, batch, loss_fn), such "
             "as train.py:parts"
         )
     report = _check(_parts(name, parsed.samples), parsed.micro_batch)

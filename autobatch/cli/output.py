@@ -64,11 +64,11 @@ def write_json(content: object) -> None:
 
 
 def write_plan(plan: Plan, form: str, *, basis: Basis | None = None, notes: Sequence[str] = ()) -> None:
-    """Write a plan in the form `env` or `args`, and on standard error what that form has no place for.
+    """Write a plan in the form `env` or one of `ARGUMENT_FORMS`, and on standard error what that form has no place for.
 
     Args:
         plan: the plan.
-        form: `env` or `args`.
+        form: the form's name.
         basis: where its maximum comes from; None where nobody measured it.
         notes: what the reader should know, one line each.
 
@@ -76,7 +76,7 @@ def write_plan(plan: Plan, form: str, *, basis: Basis | None = None, notes: Sequ
         PlanError: the plan cannot be written in this form.
         BrokenPipeError, AutobatchError: as `write_text`.
     """
-    write_text(plan_as_environment(plan, basis=basis) if form == "env" else plan_as_arguments(plan))
+    write_text(plan_as_environment(plan, basis=basis) if form == "env" else plan_as_arguments(plan, form))
     sizes = sizes_note(plan) if form == "env" else ""
     for note in (*([sizes] if sizes else []), *notes):
         say(f"note: {note}")

@@ -34,8 +34,9 @@ DEFAULT_CARD = "A100-SXM4-40GB"
 
 _DESCRIPTION = """\
 Find the largest micro-batch that trains, and print the plan that hits the target. WORKLOAD is a built-in (gpt2,
-resnet50, vit), module:factory or path/to/file.py:factory, with parameters as gpt2?seq_len=512&layers=24; without one, the
-workload in [tool.autobatch] of ./pyproject.toml, else gpt2. Every option can stand in that table too; a flag wins.
+resnet50, vit), a model of transformers (hf:CONFIG) or timm (timm:MODEL), module:factory or path/to/file.py:factory, with
+parameters as gpt2?seq_len=512&layers=24; without one, the workload in [tool.autobatch] of ./pyproject.toml, else gpt2.
+Every option can stand in that table too; a flag wins.
 
 Behind -- stands any training command instead, unmodified, with {micro_batch_size} and {accumulation_steps} ({target},
 {world_size}) where its arguments take them; AUTOBATCH_MICRO_BATCH_SIZE and so on say the same. It is started for each trial and
@@ -57,6 +58,11 @@ def add_commands(commands: Any) -> None:
     add_command_flags(parser)
     parser.add_argument(
         "--plot", metavar="FILE", help="draw size against memory into a .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--plan-file",
+        metavar="FILE",
+        help="write the report as JSON, for autobatch.plan_from_env() where AUTOBATCH_PLAN_FILE names it",
     )
     parser.add_argument(
         "--report-to", metavar="URL", help="send the result to the service there; a token comes from AUTOBATCH_TOKEN"
@@ -205,6 +211,7 @@ class Subject:
         asked = {
             "--format " + form: form not in {"table", "json"},
             "--plot": parsed.plot,
+            "--plan-file": parsed.plan_file,
             "--report-to": parsed.report_to,
         }
         if self.lengths and (wrong := next((name for name, given in asked.items() if given), None)):
@@ -252,6 +259,7 @@ class _Outlets:
     """Where a report goes besides standard output."""
 
     plot: Path | None
+    plan_file: Path | None
     service: ReportingService | None
     reported_as: str
 
@@ -266,6 +274,11 @@ class _Outlets:
 
             plot = Path(parsed.plot)
             check_plot_path(plot)
+        plan_file = None if parsed.plan_file is None else Path(parsed.plan_file)
+        if plan_file is not None and not plan_file.absolute().parent.is_dir():
+            raise UsageError(
+                f"cannot write the plan file {plan_file}: there is no folder {plan_file.absolute().parent}"
+            )
         if parsed.report_to is not None:
             from autobatch.reporting import ReportingService
 
@@ -273,10 +286,15 @@ class _Outlets:
             service.check(name)
         elif parsed.report_as is not None:
             raise UsageError(f"--report-as {parsed.report_as} names a workload for --report-to URL, which is missing")
-        return cls(plot=plot, service=service, reported_as=name)
+        return cls(plot=plot, plan_file=plan_file, service=service, reported_as=name)
 
     def pass_on(self, report: Report) -> None:
-        """Draw and send what was found."""
+        """Draw, write and send what was found."""
+        if self.plan_file is not None:
+            from autobatch.handover import write_plan_file
+
+            write_plan_file(report, self.plan_file)
+            say(f"plan written to {self.plan_file}")
         if self.plot is not None:
             from autobatch.present.plot import draw_report
 

@@ -14,10 +14,27 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan
     from autobatch.report import Basis
 
-__all__ = ["FORMATS", "check_form", "plan_as_arguments", "plan_as_environment", "sizes_note"]
+__all__ = ["ARGUMENT_FORMS", "FORMATS", "check_form", "plan_as_arguments", "plan_as_environment", "sizes_note"]
 
-FORMATS = ("table", "json", "env", "args")
-"""What `--format` takes: `env` for `eval "$(…)"`, `args` for a command line."""
+ARGUMENT_FORMS: dict[str, str] = {
+    "args": "--micro-batch-size {micro} --accumulation-steps {steps}",
+    "args:hf": "--per_device_train_batch_size {micro} --gradient_accumulation_steps {steps}",
+    "args:lightning": "--data.batch_size {micro} --trainer.accumulate_grad_batches {steps}",
+    "args:deepspeed": '{{"train_batch_size": {effective}, "train_micro_batch_size_per_gpu": {micro}, '
+    '"gradient_accumulation_steps": {steps}}}',
+    "args:torchtune": "batch_size={micro} gradient_accumulation_steps={steps}",
+}
+"""A plan of one size as words of a command line, or as the part of a configuration that stands for it.
+
+`hf`: `HfArgumentParser` on `TrainingArguments`. `lightning`: `LightningCLI`, of a data module with a `batch_size`.
+`deepspeed`: its JSON configuration, in which the first is the product of the others and the ranks. `torchtune`: overrides of
+a recipe's configuration. (Sources: https://huggingface.co/docs/transformers/main_classes/trainer,
+https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html, https://www.deepspeed.ai/docs/config-json/,
+https://docs.pytorch.org/torchtune/stable/deep_dives/configs.html.)
+"""
+
+FORMATS = ("table", "json", "env", *ARGUMENT_FORMS)
+"""What `--format` takes: `env` for `eval "$(…)"`, `args` and what begins so for a command line."""
 
 # Linux starts no program whose environment has a longer `NAME=value` (MAX_ARG_STRLEN, 32 pages, its closing 0 included;
 # include/uapi/linux/binfmts.h): after such an `eval` every command would fail.
@@ -69,19 +86,21 @@ def _listing(sizes: Sequence[int]) -> str:
     return ",".join(map(str, sizes))
 
 
-def plan_as_arguments(plan: Plan) -> str:
-    """Write the plan as the two flags that most training scripts have in some form.
+def plan_as_arguments(plan: Plan, form: str = "args") -> str:
+    """Write the plan as the flags, or the part of a configuration, of one of `ARGUMENT_FORMS`.
 
     Raises:
         PlanError: the plan mixes sizes, of which one flag names one.
     """
     if len(plan.sizes) == 1:
-        return f"--micro-batch-size {plan.micro_batch_size} --accumulation-steps {plan.accumulation_steps}"
+        return ARGUMENT_FORMS[form].format(
+            micro=plan.micro_batch_size, steps=plan.accumulation_steps, effective=plan.effective_batch_size
+        )
     # Balanced sizes are one `multiple_of` apart; an even plan needs it and the ranks to divide the target.
     has_even_plan = plan.target % (plan.world_size * (plan.sizes[0] - plan.sizes[-1])) == 0
     even = "--split even for one size, or " if has_even_plan else ""
     raise PlanError(
-        f"the plan mixes micro-batches of {_sizes_text(plan)}, of which --format args can name one only: "
+        f"the plan mixes micro-batches of {_sizes_text(plan)}, of which --format {form} can name one only: "
         f"take {even}--format env or json for all of them"
     )
 
@@ -90,13 +109,13 @@ def check_form(options: ProbeOptions, form: str) -> None:
     """Refuse, before a probe, a form in which none of its plans could be written.
 
     Raises:
-        PlanError: the form is `args`, and every plan of these options mixes sizes.
+        PlanError: the form is one of `ARGUMENT_FORMS`, and every plan of these options mixes sizes.
     """
-    if form == "args" and not options.can_be_one_size:
+    if form in ARGUMENT_FORMS and not options.can_be_one_size:
         times = f" × multiple_of {options.multiple_of}" if options.multiple_of > 1 else ""
         raise PlanError(
             f"target {options.target} is not divisible by world_size {options.world_size}{times}: under --split "
-            f"{options.split} the ranks' sizes differ, of which --format args can name one only; take --format env or "
+            f"{options.split} the ranks' sizes differ, of which --format {form} can name one only; take --format env or "
             "json, or --split even with a --tolerance"
         )
 

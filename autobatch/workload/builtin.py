@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["BUILTIN_WORKLOADS", "build_gpt2", "build_resnet50", "build_vit"]
+__all__ = ["BUILTIN_WORKLOADS", "Precision", "build_gpt2", "build_resnet50", "build_vit", "job_of", "positive"]
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -34,7 +34,7 @@ def build_gpt2(
     import torch
     from torch import nn
 
-    _check_positive(seq_len=seq_len, layers=layers, width=width, heads=heads, vocab=vocab)
+    positive(seq_len=seq_len, layers=layers, width=width, heads=heads, vocab=vocab)
     if width % heads:
         raise UsageError(f"width {width} is not divisible by heads {heads}: choose a multiple, such as {heads * 64}")
 
@@ -77,7 +77,7 @@ def build_gpt2(
         logits = model(tokens)
         return nn.functional.cross_entropy(logits.view(-1, vocab), targets.view(-1))
 
-    return _job(loss_of, optimizer, precision)
+    return job_of(loss_of, optimizer, precision)
 
 
 def build_resnet50(*, image: int = 224, classes: int = 1000, precision: Precision = "bf16") -> TrainingJob:
@@ -85,7 +85,7 @@ def build_resnet50(*, image: int = 224, classes: int = 1000, precision: Precisio
     import torch
     from torch import nn
 
-    _check_positive(image=image, classes=classes)
+    positive(image=image, classes=classes)
 
     def convolution(channels: int, filters: int, size: int, stride: int = 1) -> nn.Sequential:
         return nn.Sequential(
@@ -127,7 +127,7 @@ def build_resnet50(*, image: int = 224, classes: int = 1000, precision: Precisio
             nn.Linear(2048, classes),
         ).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return _job(_image_loss(model, image, classes), optimizer, precision)
+    return job_of(_image_loss(model, image, classes), optimizer, precision)
 
 
 def build_vit(
@@ -144,7 +144,7 @@ def build_vit(
     import torch
     from torch import nn
 
-    _check_positive(image=image, patch=patch, layers=layers, width=width, heads=heads, classes=classes)
+    positive(image=image, patch=patch, layers=layers, width=width, heads=heads, classes=classes)
     if image % patch or width % heads:
         raise UsageError(f"image {image} must be divisible by patch {patch}, and width {width} by heads {heads}")
 
@@ -181,7 +181,7 @@ def build_vit(
     with torch.device("cuda"):
         model = Vit()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    return _job(_image_loss(model, image, classes), optimizer, precision)
+    return job_of(_image_loss(model, image, classes), optimizer, precision)
 
 
 BUILTIN_WORKLOADS: dict[str, Callable[..., TrainingJob]] = {
@@ -213,7 +213,8 @@ def _image_loss(model: torch.nn.Module, image: int, classes: int) -> Callable[[i
     return loss_of
 
 
-def _job(loss_of: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer, precision: str) -> TrainingJob:
+def job_of(loss_of: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer, precision: str) -> TrainingJob:
+    """A job of a loss under autocast, with a scaler where that needs one; raises `UsageError` for another precision."""
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -230,7 +231,8 @@ def _job(loss_of: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimize
     return TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler)
 
 
-def _check_positive(**sizes: int) -> None:
+def positive(**sizes: int) -> None:
+    """Refuse sizes that are not whole numbers from 1 on."""
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value!r} must be a whole number from 1 on")

@@ -1,8 +1,12 @@
-"""Find a training job by its name: built-in, `module:factory` or `path/to/file.py:factory`, each with parameters."""
+"""Find a training job by its name, each with parameters.
+
+Built-in, a model of another library (`hf:`, `timm:`), `module:factory` or `path/to/file.py:factory`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +21,7 @@ from urllib.parse import parse_qsl, quote
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
 from autobatch.workload.builtin import BUILTIN_WORKLOADS
 from autobatch.workload.job import TrainingJob
+from autobatch.workload.named import NAMED_MODELS, local_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,12 +34,16 @@ Parameter = int | float | bool | str
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadName:
-    """A workload as people write it: `gpt2`, `gpt2?seq_len=512&layers=24`, `train.py:job`, `package.train:job?width=64`."""
+    """A workload as people write it.
+
+    `gpt2`, `gpt2?seq_len=512&layers=24`, `train.py:job`, `package.train:job?width=64`, `hf:config.json?seq_len=512`,
+    `timm:vit_base_patch16_224`.
+    """
 
     target: str
-    """A built-in's name, or what stands before the colon: a module or the path of a Python file."""
+    """A built-in's name, or what stands before the colon: a module, the path of a Python file, `hf` or `timm`."""
     factory: str | None
-    """The factory's name in it; None for a built-in."""
+    """The factory's name in it, or that of a model or its configuration; None for a built-in."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     """Keyword arguments for the factory."""
 
@@ -46,6 +55,13 @@ class WorkloadName:
             UsageError: it is malformed, or names a built-in, a parameter of one, or a file that is not there.
         """
         name, _, query = text.partition("?")
+        scheme, _, model = name.partition(":")
+        if scheme in NAMED_MODELS and model:
+            named = cls(target=scheme, factory=model, parameters=_parse_parameters(query, text))
+            _check_parameters(named, load_factory(named))
+            if scheme == "hf":
+                local_config(model)
+            return named
         target, colon, factory = name.rpartition(":")
         if not colon:
             _check_builtin(name)
@@ -58,6 +74,11 @@ class WorkloadName:
         if target.endswith(".py") and not Path(target).is_file():
             raise UsageError(f"workload {text!r}: there is no file {target} in {Path.cwd()}")
         return cls(target=target, factory=factory, parameters=_parse_parameters(query, text))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the user's own code."""
+        return self.factory is not None and self.target not in NAMED_MODELS
 
     def __str__(self) -> str:
         name = f"{self.target}:{self.factory}" if self.factory else self.target
@@ -77,7 +98,10 @@ def _check_builtin(name: str) -> None:
         )
     near = difflib.get_close_matches(name, BUILTIN_WORKLOADS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILTIN_WORKLOADS)};"
-    raise UsageError(f"unknown workload {name!r}: {hint} your own is module:factory or path/to/file.py:factory")
+    raise UsageError(
+        f"unknown workload {name!r}: {hint} your own is module:factory or path/to/file.py:factory, a model of transformers or "
+        "timm is hf:CONFIG or timm:MODEL"
+    )
 
 
 def _parse_parameters(query: str, text: str) -> dict[str, Parameter]:
@@ -113,6 +137,8 @@ def load_factory(name: WorkloadName) -> Callable[..., object]:
     """
     if name.factory is None:
         return BUILTIN_WORKLOADS[name.target]
+    if not name.is_own:
+        return functools.partial(NAMED_MODELS[name.target], name.factory)
     module = _import(name.target)
     factory = getattr(module, name.factory, None)
     if not callable(factory):

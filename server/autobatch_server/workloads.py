@@ -105,7 +105,8 @@ class WorkloadDeclaration(BaseModel):
             raise ValueError(
                 "factory takes no parameters after '?': declare them under parameters, each with a default"
             )
-        if self.factory.rpartition(":")[0].endswith(".py") and not Path(self.factory.rpartition(":")[0]).is_absolute():
+        path = self.factory.removeprefix("hf:") if self.factory.endswith(".json") else self.factory.rpartition(":")[0]
+        if path.endswith((".py", ".json")) and not Path(path).is_absolute():
             raise ValueError(f"factory {self.factory!r} is a relative path: write it from the root")
         WorkloadName.parse(self.factory)
         return self
