@@ -36,8 +36,8 @@ def plan_from_env(
 ) -> Plan:
     """Take up the plan in the file that `AUTOBATCH_PLAN_FILE` names, where it holds on the card that this process got.
 
-    The file is what `autobatch probe --plan-file FILE` (or `--format json`) wrote, earlier or on another machine. It holds where the
-    card is of the same kind with as much memory, torch is the same version, as many ranks train, and what its largest
+    The file is what `autobatch probe --plan-file FILE` (or `--format json`) wrote, earlier or on another machine. It holds where
+    the card is of the same kind with as much memory, torch is the same version, as many ranks train, and what its largest
     micro-batch takes is free now. Under `torchrun` every rank calls it alike, and all take the same way.
 
     Args:
