@@ -117,6 +117,13 @@ def test_accelerate_trains_as_tuned(num_ranks: int) -> None:
 
 
 @pytest.mark.slow
+def test_ray_train_takes_the_drivers_plan(tmp_path: Path) -> None:
+    """The worker trains with it, on the card that the driver's child probed."""
+    pytest.importorskip("ray.train", exc_type=ImportError)
+    assert last_line("ray_train.py", "4096", str(tmp_path)) == "512 8"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("framework", ["transformers", "lightning"])
 def test_the_maximum_is_that_of_the_framework_alone(framework: str) -> None:
