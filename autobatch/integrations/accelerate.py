@@ -69,7 +69,14 @@ def tune(
     _check(accelerator, optimizer)
 
     def micro_step(n: int) -> None:
-        accelerator.backward(loss_of(n))
+        import torch
+
+        loss = loss_of(n)
+        if not isinstance(loss, torch.Tensor):
+            raise UsageError(
+                f"loss_of returned {type(loss).__name__}: return the loss, and leave its backward to autobatch"
+            )
+        accelerator.backward(loss)
 
     def end_window() -> None:
         if max_grad_norm is not None:
@@ -102,6 +109,8 @@ def _check(accelerator: Accelerator, optimizer: object) -> None:
             f"under {kind} an engine of its own steps, which cannot be put back after a trial: probe the whole command instead: "
             "autobatch probe --target N -- accelerate launch train.py …"
         )
+    if not accelerator.sync_gradients:
+        raise UsageError("a window of accumulate() is open, in which the optimizer does not step: tune before the loop")
     if not isinstance(optimizer, AcceleratedOptimizer):
         raise UsageError(
             f"optimizer is a {type(optimizer).__name__}: pass what accelerator.prepare returned, and the model too"

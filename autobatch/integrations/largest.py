@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +84,8 @@ class LargestSamples:
         dataset = loader.dataset
         samples, indices = _looked_at(dataset, looks) if largest is None else (list(largest), range(len(largest)))
         with unchanged_generators():
-            sizes = {index: _elements_by_field(samples[index]) for index in indices}
+            # As a batch of its own: so a field that the collator drops does not count, and a text counts as its tokens.
+            sizes = {index: _elements_by_field(loader.collate_fn([samples[index]])) for index in indices}
         if not sizes:
             raise UsageError("the data set has no sample, and the largest batch is made of its largest: give it some")
         order = _largest_first(sizes)
@@ -97,12 +99,12 @@ class LargestSamples:
         )
 
     def batch(self, size: int) -> Any:
-        """Make the largest batch of `size` samples; the same object again where the size is the last one's."""
+        """Make the largest batch of `size` samples: new containers each time, of the same tensors where the size is the last."""
         if self._last is None or self._last[0] != size:
             with unchanged_generators():
                 chosen = [self.samples[index] for index in itertools.islice(itertools.cycle(self.order), size)]
             self._last = (size, self.collate(chosen))
-        return self._last[1]
+        return _with_new_containers(self._last[1])
 
     @property
     def warning(self) -> str | None:
@@ -141,6 +143,19 @@ def _largest_first(sizes: Mapping[int, Mapping[str, int]]) -> list[int]:
     fields = sorted({name for size in sizes.values() for name in size})
     longest = [max(sizes, key=lambda index: sizes[index].get(name, 0)) for name in fields]
     return list(dict.fromkeys([by_total[0], *longest, *by_total]))
+
+
+def _with_new_containers(value: Any) -> Any:
+    """The same tensors in containers of their own: a step that takes a field out of its batch takes it out of this one alone."""
+    if isinstance(value, Mapping):
+        copied = copy.copy(value)
+        if isinstance(copied, MutableMapping):
+            for key in list(copied):
+                copied[key] = _with_new_containers(copied[key])
+        return copied
+    if type(value) in {list, tuple}:
+        return type(value)(map(_with_new_containers, value))
+    return value
 
 
 def _elements_by_field(sample: Any) -> dict[str, int]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from autobatch.errors import UsageError
 from autobatch.integrations.largest import LargestSamples, largest_named
-from autobatch.integrations.probed import check_undecided, only_size, with_warnings, writing_progress
+from autobatch.integrations.probed import (
+    check_undecided,
+    only_size,
+    unchanged_attributes,
+    with_warnings,
+    writing_progress,
+)
 from autobatch.library import probe
 from autobatch.training.randomness import unchanged_generators
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchSizeTuner"]
 
+_LOG = logging.getLogger(__name__)
 _ANY_COMMAND = "probe the whole command instead: autobatch probe --target N -- python train.py …"
 
 
@@ -89,9 +98,6 @@ class BatchSizeTuner(Callback):  # type: ignore[misc]  # the framework is an ext
         if trainer.fast_dev_run:
             return
         _check_trainer(trainer, pl_module, self._batch_arg_name)
-        loader = _training_loader(trainer)
-        samples = LargestSamples.of_loader(loader, largest=self._largest, looks=self._looks)
-        options = {"dataset_size": samples.num_samples, **self._options}
         (optimizer,) = trainer.strategy.optimizers
         step = _TrainingStep(trainer, pl_module, optimizer)
         with (
@@ -99,6 +105,8 @@ class BatchSizeTuner(Callback):  # type: ignore[misc]  # the framework is an ext
             writing_progress(self._progress, starting="probing the LightningModule …", wanted=True) as told,
             _undisturbed(trainer, pl_module),
         ):
+            samples = LargestSamples.of_loader(_training_loader(trainer), largest=self._largest, looks=self._looks)
+            options = {"dataset_size": samples.num_samples, **self._options}
             report = probe(
                 lambda n: step(samples.batch(n)),
                 optimizer=optimizer,
@@ -111,7 +119,14 @@ class BatchSizeTuner(Callback):  # type: ignore[misc]  # the framework is an ext
                 **options,
             )
         self.report = with_warnings(report, samples)
-        self._set_sizes(trainer)
+        with unchanged_generators():
+            self._set_sizes(trainer)
+        if trainer.ckpt_path is not None:
+            _LOG.warning(
+                "training goes on from a checkpoint: where that was saved in the middle of an epoch with other sizes, Lightning "
+                "counts its batches as some of %d samples, and ends the epoch elsewhere",
+                only_size(report)[0],
+            )
 
     def _set_sizes(self, trainer: Trainer) -> None:
         from lightning.pytorch.utilities.parsing import lightning_setattr
@@ -120,6 +135,13 @@ class BatchSizeTuner(Callback):  # type: ignore[misc]  # the framework is an ext
             return
         micro_batch_size, trainer.accumulate_grad_batches = only_size(self.report)
         lightning_setattr(trainer.lightning_module, self._batch_arg_name, micro_batch_size)
+        loader = _training_loader(trainer)
+        size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+        if size not in {micro_batch_size, None}:
+            raise UsageError(
+                f"train_dataloader() gives batches of {size} samples, and {self._batch_arg_name} is {micro_batch_size} now: let "
+                f"it make the loader anew, with {self._batch_arg_name} as its batch size, each time it is called"
+            )
         # Loaders that exist have the old size; they are made anew when they are next asked for.
         trainer.fit_loop._combined_loader = None  # noqa: SLF001 - as BatchSizeFinder does it
         trainer.fit_loop.epoch_loop.val_loop._combined_loader = None  # noqa: SLF001
@@ -180,13 +202,15 @@ class _TrainingStep:
     def __init__(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         self._trainer, self._module, self._optimizer = trainer, module, optimizer
         self._loss: torch.Tensor | None = None
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def __call__(self, batch: Any) -> None:
 
         strategy, module = self._trainer.strategy, self._module
-        batch = strategy.batch_to_device(module.on_before_batch_transfer(batch, 0), dataloader_idx=0)
-        batch = module.on_after_batch_transfer(batch, 0)
-        output = strategy.training_step(batch, 0)
+        # As the epoch's loop does it; the hooks are the module's or the data module's.
+        batch = module._on_before_batch_transfer(strategy.precision_plugin.convert_input(batch), dataloader_idx=0)  # noqa: SLF001
+        batch = strategy.batch_to_device(batch, dataloader_idx=0)
+        output = strategy.training_step(*((batch, 0) if self._takes_index else (batch,)))
         loss = output["loss"] if isinstance(output, dict) else output
         if loss is None:
             raise UsageError(
@@ -203,20 +227,19 @@ class _TrainingStep:
 
 
 @contextlib.contextmanager
-def _undisturbed(trainer: Any, module: LightningModule) -> Iterator[None]:
-    """Keep callbacks and loggers out of the trials, and what the module logs."""
-    callbacks, was_training = trainer.callbacks, module.training
-    trainer.callbacks = []
-    silent = {"log": _nothing, "log_dict": _nothing}
-    try:
-        vars(module).update(silent)
+def _undisturbed(trainer: Any, module: Any) -> Iterator[None]:
+    """Begin training as far as the module itself hears of it, with callbacks and loggers kept out, and undo that."""
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    with unchanged_attributes(module, trainer):
+        trainer.callbacks = []
+        trainer._loggers = [DummyLogger() for _ in trainer.loggers]  # noqa: SLF001 - where the property of that name keeps them
+        vars(module).update({"log": _nothing, "log_dict": _nothing})
+        # What a module makes for its steps it makes in these, which come later than this callback's.
+        for hook in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
+            getattr(module, hook)()
         module.train()
         yield
-    finally:
-        for name in silent:
-            vars(module).pop(name, None)
-        trainer.callbacks = callbacks
-        module.train(was_training)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from autobatch.probing import ProbeEvent
     from autobatch.report import Report
 
-__all__ = ["check_undecided", "only_size", "with_warnings", "writing_progress"]
+__all__ = ["check_undecided", "only_size", "unchanged_attributes", "with_warnings", "writing_progress"]
 
 # What `probe` takes beside the fields of ProbeOptions and is no question for a framework: its trainer decides it, or nothing
 # can tell one run of it from another.
@@ -46,6 +47,36 @@ def writing_progress(
 
     with ProgressLines(error_console(), starting=starting) as lines:
         yield lines
+
+
+@contextlib.contextmanager
+def unchanged_attributes(*objects: Any) -> Iterator[None]:
+    """Put each object's own attributes back at the end, and what their lists, dicts and sets hold.
+
+    What a step keeps by itself, such as the losses that it collects for the end of an epoch, is so forgotten. What those hold in
+    turn is not looked into.
+    """
+    kept = [(vars(each), dict(vars(each)), _contents(vars(each))) for each in objects]
+    try:
+        yield
+    finally:
+        for live, before, contents in kept:
+            live.clear()
+            live.update(before)
+            for container, content in contents:
+                _refill(container, content)
+
+
+def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    return [(value, copy.copy(value)) for value in attributes.values() if type(value) in {list, dict, set}]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
 
 
 def with_warnings(report: Report, samples: LargestSamples) -> Report:

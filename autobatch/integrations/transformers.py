@@ -8,12 +8,21 @@ them later.
 from __future__ import annotations
 
 import contextlib
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import NothingFitsError, UsageError
 from autobatch.integrations.largest import LargestSamples, largest_named
-from autobatch.integrations.probed import check_undecided, only_size, with_warnings, writing_progress
+from autobatch.integrations.probed import (
+    check_undecided,
+    only_size,
+    unchanged_attributes,
+    with_warnings,
+    writing_progress,
+)
 from autobatch.library import probe
+from autobatch.probing import nothing_fits
 from autobatch.training.randomness import unchanged_generators
 from autobatch.units import format_bytes
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["tune", "tune_evaluation"]
 
 _DECIDED = ("device", "split", "world_size")
+_STEPS_UNKNOWN = 1000  # of a schedule that no trial follows
 _ANY_COMMAND = "probe the whole command instead: autobatch probe --target N -- python train.py …"
 
 
@@ -48,7 +58,8 @@ def tune(
     `training_step` on its own model as `accelerate` wraps it, with its own optimizer, its clipping, its precision, its collator
     and its loss, weighted by tokens as the trainer does it; a subclass's `compute_loss` is what runs. Batches are made of the
     largest samples of the training set. Afterwards the model, the generators of random numbers and an optimizer that was given
-    are as before, bit for bit; one that the trainer makes itself it makes anew. No callback is called, and nothing is logged.
+    are as before, bit for bit, and so are the trainer's own attributes; an optimizer that the trainer makes itself it makes anew.
+    No callback is called, and what a `compute_loss` logs is dropped.
 
     Under `torchrun` every rank calls it alike, and DDP is measured as it trains.
 
@@ -81,13 +92,10 @@ def tune(
     _check_trainer(trainer)
     if trainer.train_dataset is None:
         raise UsageError("the trainer has no train_dataset: batches are made of its largest samples")
-    samples = LargestSamples.of_loader(trainer.get_train_dataloader(), largest=largest_named(largest), looks=looks)
-    options.setdefault("dataset_size", samples.num_samples)
-    with (
-        unchanged_generators(),
-        writing_progress(progress, starting="probing the Trainer …", wanted=not trainer.args.disable_tqdm) as told,
-        _prepared(trainer) as prepared,
-    ):
+    named = largest_named(largest)
+
+    def find(prepared: _Prepared, told: Callable[[ProbeEvent], None] | None) -> Report:
+        samples = LargestSamples.of_loader(trainer.get_train_dataloader(), largest=named, looks=looks)
         report = probe(
             lambda n: prepared.train_on(samples.batch(n)),
             optimizer=prepared.optimizer.optimizer,
@@ -97,12 +105,15 @@ def tune(
             end_window=prepared.end_window,
             workload=f"{type(trainer).__name__} of {type(trainer.model).__name__}",
             progress=told,
-            **options,
+            **{"dataset_size": samples.num_samples, **options},
         )
+        return with_warnings(report, samples)
+
+    report = _probed_inside(trainer, find, progress)
     trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = only_size(report)
     # What `train` begins with; it is read from the arguments when the trainer is made.
     trainer._train_batch_size = trainer.args.train_batch_size  # noqa: SLF001
-    return with_warnings(report, samples)
+    return report
 
 
 def tune_evaluation(
@@ -137,50 +148,77 @@ def tune_evaluation(
     """
     check_undecided(options, (*_DECIDED, "target", "objective", "tolerance", "dataset_size"), who="the trainer")
     _check_trainer(trainer)
-    loaders = _evaluation_loaders(trainer)
-    named = largest_named(largest)
-    found = [LargestSamples.of_loader(loader, largest=named, looks=looks) for loader in loaders]
-    evaluated = max(found, key=lambda samples: samples.elements)
-    num_samples = max((samples.num_samples or samples.num_looked_at) for samples in found)
-    trained = LargestSamples.of_loader(trainer.get_train_dataloader(), looks=looks)
-    training_batch = trained.batch(trainer.args.per_device_train_batch_size)
-    sizes = [0]
-
-    def micro_step(n: int) -> None:
-        sizes[0] = n
-        prepared.train_on(training_batch)
-
-    def end_window() -> None:
-        prepared.end_window()
-        prepared.evaluate_on(evaluated.batch(sizes[0]), sizes[0], num_samples)
-
-    with (
-        unchanged_generators(),
-        writing_progress(progress, starting="probing evaluation …", wanted=not trainer.args.disable_tqdm) as told,
-        _prepared(trainer) as prepared,
-        _naming_predictions(prepared),
-    ):
-        report = probe(
-            micro_step,
-            optimizer=prepared.optimizer.optimizer,
-            target=max(num_samples, trainer.args.world_size),
-            split="balanced",
-            restore=[prepared.model],
-            scaler=trainer.accelerator.scaler,
-            end_window=end_window,
-            workload=f"evaluation by {type(trainer).__name__} of {type(trainer.model).__name__}",
-            progress=told,
-            **options,
-        )
-    trainer.args.per_device_eval_batch_size = report.max_micro_batch_size or 1
-    return with_warnings(report, evaluated)
-
-
-def _evaluation_loaders(trainer: transformers.Trainer) -> list[Any]:
-    sets = trainer.eval_dataset
-    if sets is None:
+    if trainer.eval_dataset is None:
         raise UsageError("the trainer has no eval_dataset: give it one, or leave tune_evaluation out")
-    return [trainer.get_eval_dataloader(each) for each in (sets.values() if isinstance(sets, dict) else [sets])]
+    named = largest_named(largest)
+
+    def find(prepared: _Prepared, told: Callable[[ProbeEvent], None] | None) -> Report:
+        evaluations = _evaluations(trainer)
+        found = [LargestSamples.of_loader(each.loader, largest=named, looks=looks) for each in evaluations]
+        evaluated, evaluation = max(zip(found, evaluations, strict=True), key=lambda pair: pair[0].elements)
+        num_samples = max((samples.num_samples or samples.num_looked_at) for samples in found)
+        trained = LargestSamples.of_loader(trainer.get_train_dataloader(), looks=looks)
+        training_size = trainer.args.per_device_train_batch_size
+        sizes = [0]
+
+        def micro_step(n: int) -> None:
+            sizes[0] = n
+            prepared.train_on(trained.batch(training_size))
+
+        def end_window() -> None:
+            prepared.end_window()
+            prepared.evaluate_on(evaluated.batch(sizes[0]), evaluation, sizes[0], num_samples)
+
+        with _naming_predictions(prepared):
+            report = probe(
+                micro_step,
+                optimizer=prepared.optimizer.optimizer,
+                target=max(num_samples, trainer.args.world_size),
+                split="balanced",
+                restore=[prepared.model],
+                scaler=trainer.accelerator.scaler,
+                end_window=end_window,
+                workload=f"evaluation by {type(trainer).__name__} of {type(trainer.model).__name__}",
+                progress=told,
+                **options,
+            )
+            if report.max_micro_batch_size is None:
+                raise nothing_fits(report)
+        return with_warnings(report, evaluated)
+
+    report = _probed_inside(trainer, find, progress)
+    trainer.args.per_device_eval_batch_size = report.max_micro_batch_size or 1
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    """What the trainer's `evaluate` hands to its loop for one data set."""
+
+    loader: Any
+    only_loss: bool
+    ignore_keys: Any
+
+
+def _evaluations(trainer: Any) -> list[_Evaluation]:
+    """Let `evaluate` run up to its loop, for each data set: a subclass says there how it generates."""
+    from transformers.trainer_utils import EvalLoopOutput
+
+    found: list[_Evaluation] = []
+
+    def loop(
+        dataloader: Any, *_: Any, prediction_loss_only: bool | None = None, ignore_keys: Any = None, **__: Any
+    ) -> Any:
+        only_loss = trainer.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        found.append(_Evaluation(loader=dataloader, only_loss=bool(only_loss), ignore_keys=ignore_keys))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=1)
+
+    trainer.evaluation_loop = loop
+    try:
+        trainer.evaluate()
+    finally:
+        del trainer.evaluation_loop
+    return found
 
 
 def _check_trainer(trainer: transformers.Trainer) -> None:
@@ -198,6 +236,11 @@ def _check_trainer(trainer: transformers.Trainer) -> None:
         )
     if trainer.is_in_train:
         raise UsageError("the trainer is training: set its sizes before train()")
+    if args.world_size > 1 and getattr(trainer.accelerator, "split_batches", False):
+        raise UsageError(
+            f"split_batches=True divides each batch among {args.world_size} ranks, and the sizes set here are those of a rank: "
+            "leave it out"
+        )
     kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
     sharded = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "TP": "tensor parallelism"}.get(
         kind
@@ -232,20 +275,24 @@ class _Prepared:
         self.optimizer.step()
         self.model.zero_grad()
 
-    def evaluate_on(self, batch: Mapping[str, Any], size: int, num_samples: int) -> None:
+    def evaluate_on(self, batch: Mapping[str, Any], evaluation: _Evaluation, size: int, num_samples: int) -> None:
         """Evaluate one batch as the trainer's loop does, beside what it holds when it has seen all."""
         trainer, args = self._trainer, self._trainer.args
-        only_loss = args.prediction_loss_only or trainer.compute_metrics is None
         self.model.eval()
-        _, logits, labels = trainer.prediction_step(self.model, batch, only_loss)
+        _, logits, labels = trainer.prediction_step(
+            self.model, batch, evaluation.only_loss, ignore_keys=evaluation.ignore_keys
+        )
         if logits is None:
             return
         if trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
         if args.batch_eval_metrics:
             return
-        world_size = args.world_size
-        held = num_samples if args.eval_accumulation_steps is None else args.eval_accumulation_steps * size * world_size
+        held = (
+            num_samples
+            if args.eval_accumulation_steps is None
+            else args.eval_accumulation_steps * size * args.world_size
+        )
         per_sample = -(-(_bytes_of(logits) + _bytes_of(labels)) // size)
         self.predictions_bytes = 2 * per_sample * min(held, num_samples)
         _hold(self.predictions_bytes, args.device)
@@ -283,22 +330,58 @@ def _naming_predictions(prepared: _Prepared) -> Iterator[None]:
         ) from None
 
 
+def _probed_inside(
+    trainer: Any,
+    find: Callable[[_Prepared, Callable[[ProbeEvent], None] | None], Report],
+    progress: Callable[[ProbeEvent], None] | None,
+) -> Report:
+    """Probe where `train` would begin its loop: after all that it does to the model before.
+
+    So gradient checkpointing, noise on embeddings, fused kernels and the like are there as they will be. The trainer, its
+    model's own attributes and its accelerator are afterwards as before; nobody hears of it.
+    """
+    reports: list[Report] = []
+
+    def loop(*_: Any, **__: Any) -> None:
+        with (
+            writing_progress(progress, starting="probing the Trainer …", wanted=not trainer.args.disable_tqdm) as told,
+            _prepared(trainer) as prepared,
+        ):
+            reports.append(find(prepared, told))
+
+    args = trainer.args
+    with (
+        unchanged_generators(),
+        unchanged_attributes(trainer, trainer.callback_handler, trainer.accelerator.gradient_state),
+        unchanged_attributes(trainer.model),
+    ):
+        hook_before = getattr(trainer, "neftune_hook_handle", None)
+        trainer.state = copy.copy(trainer.state)
+        trainer.state.log_history = []
+        trainer.state.max_steps = args.max_steps if args.max_steps > 0 else _STEPS_UNKNOWN
+        trainer.callback_handler.callbacks = []
+        trainer._inner_training_loop = loop  # noqa: SLF001 - the one place between what `train` prepares and its loop
+        try:
+            trainer.train()
+        finally:
+            hook = getattr(trainer, "neftune_hook_handle", None)
+            if hook is not None and hook is not hook_before:
+                hook.remove()
+    trainer.model.zero_grad(set_to_none=True)
+    return reports[0]
+
+
 @contextlib.contextmanager
-def _prepared(trainer: transformers.Trainer) -> Iterator[_Prepared]:
-    """Make the trainer's optimizer and wrap its model as `train` does, and undo both at the end."""
-    accelerator, given = trainer.accelerator, trainer.optimizer
-    steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
-    was_training = trainer.model.training
-    model: torch.nn.Module = trainer.model
+def _prepared(trainer: Any) -> Iterator[_Prepared]:
+    """Make the trainer's optimizer and wrap its model as its loop does; let go of both at the end."""
+    accelerator = trainer.accelerator
+    accelerator.free_memory()
     try:
         trainer.create_optimizer()
-        model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
-        trainer.optimizer = optimizer
+        model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = model
+        trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
         trainer.current_gradient_accumulation_steps = 2
-        yield _Prepared(trainer, model, optimizer)
+        yield _Prepared(trainer, model, trainer.optimizer)
     finally:
-        trainer.optimizer, trainer.current_gradient_accumulation_steps = given, steps
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.model.train(was_training)

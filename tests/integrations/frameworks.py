@@ -39,16 +39,21 @@ def tune() -> dict[str, Any]:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             Called.calls += 1
 
-    trainer = example("hf_trainer.py")["make_trainer"](fp16=True)
+    trainer = example("hf_trainer.py")["make_trainer"](fp16=True, max_steps=1)
     trainer.add_callback(Called())
-    before = autobatch.state_hash([trainer.model])
+    before, attributes = autobatch.state_hash([trainer.model]), dict(vars(trainer))
     report = tune_trainer(trainer, target=128, looks=500, max_micro_batch=16, progress=lambda _: None)
+    unchanged = autobatch.state_hash([trainer.model]) == before
+    others = [name for name, value in vars(trainer).items() if attributes.get(name) is not value]
+    calls = Called.calls
+    casts = []
+    trainer.model.transformer.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cuda")))
+    trainer.train()
     return {
-        "unchanged": autobatch.state_hash([trainer.model]) == before,
-        "optimizer": trainer.optimizer is None,
-        "forward": "_original_forward" in vars(trainer.model),
-        "prepared": len(trainer.accelerator._models) + len(trainer.accelerator._optimizers),
-        "callbacks": Called.calls,
+        "unchanged": unchanged,
+        "attributes": others,
+        "trains_under_autocast": casts == [True] * 8,
+        "callbacks": calls,
         "sizes": [
             trainer.args.per_device_train_batch_size,
             trainer.args.gradient_accumulation_steps,
@@ -58,6 +63,35 @@ def tune() -> dict[str, Any]:
         "workload": report.workload,
         "warning": report.warnings[-1],
     }
+
+
+def prepared() -> dict[str, Any]:
+    """What `train` does to the model before its loop is measured, and what a step keeps for itself is forgotten."""
+    from transformers import Trainer
+
+    from autobatch.integrations.transformers import tune as tune_trainer
+
+    make_trainer = example("hf_trainer.py")["make_trainer"]
+    answer: dict[str, Any] = {}
+    kept: list[Any] = []
+
+    class Keeping(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *more: Any, **others: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *more, **others)
+            self.seen.append(self.state.max_steps + self.lr_scheduler.last_epoch)
+            self.log({"mine": 1.0})
+            kept.append(inputs.pop("labels"))
+            return loss
+
+    for checkpointing in (False, True):
+        trainer = make_trainer(bf16=True, gradient_checkpointing=checkpointing)
+        report = tune_trainer(trainer, target=LARGE, looks=500, max_micro_batch=512, dataset_size=None)
+        answer[f"peak_{checkpointing}"] = max(trial.footprint_bytes for trial in report.trials)
+    trainer.__class__ = Keeping
+    trainer.seen = [7]
+    tune_trainer(trainer, target=128, looks=500, max_micro_batch=4)
+    answer["seen"], answer["logged"], answer["ran"] = trainer.seen, len(trainer.state.log_history), len(kept) > 0
+    return answer
 
 
 def evaluate() -> dict[str, Any]:
@@ -143,7 +177,78 @@ def lightning_refused() -> list[str]:
     del sizeless.batch_size
     sizeless.train_dataloader = lambda: loader
     attempt(module["Model"](), sizeless)
+    kept = module["Data"]()
+    kept.train_dataloader = lambda: loader
+    attempt(module["Model"](), kept)
     return said
+
+
+def odd_module() -> dict[str, Any]:  # noqa: C901 - a module and its data in one piece
+    """A module that makes its state in hooks, takes from its batch, keeps what it saw, and has its data module's hooks."""
+    import lightning
+    from lightning.pytorch.loggers import Logger
+
+    from autobatch.integrations.lightning import BatchSizeTuner
+
+    seen: dict[str, Any] = {"transferred": 0, "steps": 0, "logged": 0}
+
+    class Counting(Logger):
+        name, version = "counting", 0
+
+        def log_metrics(self, *_: Any, **__: Any) -> None:
+            seen["logged"] += 1
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None:
+            """None are kept."""
+
+    class Odd(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.losses = torch.nn.Linear(64, 64), []
+
+        def on_fit_start(self) -> None:
+            self.scale = 1.0
+
+        def on_train_start(self) -> None:
+            self.begun = True
+
+        def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            seen["steps"] += 1
+            loss = self.net(batch.pop("x")).square().mean() * self.scale * self.begun
+            self.losses.append(loss.detach())
+            self.logger.log_metrics({"loss": 0.0})
+            return loss
+
+        def on_train_epoch_end(self) -> None:
+            seen["kept"] = len(self.losses)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Data(lightning.LightningDataModule):
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            samples = [{"x": torch.zeros(64), "name": torch.zeros(1)} for _ in range(64)]
+            return torch.utils.data.DataLoader(samples, batch_size=self.batch_size)
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            del dataloader_idx
+            batch.pop("name")
+            return batch
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            del dataloader_idx
+            seen["transferred"] += 1
+            return batch
+
+    trainer = lightning.Trainer(
+        max_epochs=1, devices=1, precision="bf16-true", logger=Counting(), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[BatchSizeTuner(target=16, max_micro_batch=8, progress=lambda _: None)],
+    )  # fmt: skip
+    trainer.fit(Odd(), datamodule=Data())
+    return {**seen, "updates": trainer.global_step}
 
 
 def maximum(framework: str) -> dict[str, Any]:
@@ -215,9 +320,11 @@ def train(framework: str, size: str, steps: str) -> str:
 
 ACTIONS = {
     "tune": tune,
+    "prepared": prepared,
     "evaluate": evaluate,
     "refused": refused,
     "lightning-refused": lightning_refused,
+    "odd-module": odd_module,
     "maximum": maximum,
     "train": train,
 }

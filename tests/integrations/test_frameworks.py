@@ -53,8 +53,9 @@ def test_a_trainer_is_left_as_it_was_but_for_its_sizes() -> None:
     pytest.importorskip("transformers")
     tuned, refused = answers(["tune"], ["refused"])
     assert tuned["unchanged"]
-    assert tuned["optimizer"]
-    assert (tuned["forward"], tuned["prepared"], tuned["callbacks"]) == (False, 0, 0)
+    assert tuned["attributes"] == ["_train_batch_size"]
+    assert tuned["trains_under_autocast"]
+    assert tuned["callbacks"] == 0
     assert tuned["sizes"] == [16, 8, 16]
     assert tuned["plan"] == [16, 8]
     assert tuned["workload"] == "Trainer of GPT2LMHeadModel"
@@ -80,6 +81,15 @@ def test_a_trainer_trains_and_evaluates_as_tuned() -> None:
 
 
 @pytest.mark.slow
+def test_what_train_prepares_is_measured_and_what_a_step_keeps_is_forgotten() -> None:
+    """Gradient checkpointing is on by then; a list that `compute_loss` fills, and what it logs, are as before."""
+    pytest.importorskip("transformers")
+    (found,) = answers(["prepared"])
+    assert 1.5 * found["peak_True"] < found["peak_False"]
+    assert (found["seen"], found["logged"], found["ran"]) == ([7], 0, True)
+
+
+@pytest.mark.slow
 def test_evaluation_is_tuned_apart_from_training() -> None:
     """Predictions of the whole set have no room on the card: that is told with its way out, and training keeps its sizes."""
     pytest.importorskip("transformers")
@@ -98,11 +108,25 @@ def test_lightning_trains_as_tuned() -> None:
 
 @pytest.mark.slow
 def test_what_lightning_cannot_be_tuned_for() -> None:
-    """A module that steps by hand, loaders given to fit, nothing that holds the size."""
+    """A module that steps by hand, loaders given to fit, nothing that holds the size, a loader that does not heed it."""
     pytest.importorskip("lightning")
     (said,) = answers(["lightning-refused"])
-    begins = ["Model optimizes by hand", "loaders were passed to fit directly", "neither Model, nor its hparams"]
-    assert [one.startswith(begin) for one, begin in zip(said, begins, strict=True)] == [True] * 3
+    begins = [
+        "Model optimizes by hand",
+        "loaders were passed to fit directly",
+        "neither Model, nor its hparams",
+        "train_dataloader() gives batches of 1 samples, and batch_size is 8 now",
+    ]
+    assert [one.startswith(begin) for one, begin in zip(said, begins, strict=True)] == [True] * 4
+
+
+@pytest.mark.slow
+def test_a_lightning_module_in_all_its_freedom() -> None:
+    """64 samples in eights: 8 batches and 4 updates; of the trials nothing is left in what the module keeps or logs."""
+    pytest.importorskip("lightning")
+    (seen,) = answers(["odd-module"])
+    assert (seen["kept"], seen["logged"], seen["updates"]) == (8, 8, 4)
+    assert seen["transferred"] == seen["steps"] > 8
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
