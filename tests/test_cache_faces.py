@@ -330,6 +330,7 @@ print(json.dumps([report.plan.micro_batch_size, lower.plan.micro_batch_size, low
 """
 
 
+@pytest.mark.slow
 def test_a_library_call_remembers_where_it_is_asked_to(tmp_path: Path) -> None:
     """Off by default; confirmed by one trial; trusted without any; lowered where a training tells."""
     script = tmp_path / "train.py"

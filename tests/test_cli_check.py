@@ -136,7 +136,7 @@ def test_the_workload_of_the_file_here(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("workload", "error", "message"),
     [
-        ("gpt2", UsageError, "the built-in gpt2 builds its batches itself"),
+        ("gpt2", UsageError, "gpt2 builds its batches itself, for a GPU: name a factory"),
         ("nowhere.py:parts", UsageError, "there is no file nowhere.py"),
         ("parts_of_check.py:missing", UsageError, "has no function 'missing'"),
         ("parts_of_check.py:plain?depth=2", UsageError, "unexpected keyword argument 'depth'"),

@@ -88,6 +88,7 @@ def test_ranks_that_differ_are_named(report: autobatch.Report, tmp_path: Path) -
         autobatch.plan_from_env(environment=environment)
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_what_is_taken_up(
     libraries: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

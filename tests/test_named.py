@@ -137,10 +137,18 @@ def test_a_configuration_is_known_by_its_content_and_the_librarys_version(monkey
 
 @pytest.mark.usefixtures("libraries")
 def test_a_language_model_by_its_configuration() -> None:
-    """Certified; longer sequences take more, and weights in half the bytes take less."""
+    """Certified, and called by its name."""
     pytest.importorskip("transformers")
     report = probed("hf:llama.json?seq_len=512")
     assert (report.certified, report.workload, report.max_micro_batch_size) == (True, "hf:llama.json?seq_len=512", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libraries")
+def test_longer_sequences_take_more_and_weights_in_half_the_bytes_less() -> None:
+    """Than the same model's."""
+    pytest.importorskip("transformers")
+    report = probed("hf:llama.json?seq_len=512")
     longer = probed("hf:llama.json?seq_len=1024")
     assert peak(longer) > peak(report)
     assert peak(probed("hf:llama.json?seq_len=512&weights=bf16")) < peak(report)

@@ -127,6 +127,7 @@ def test_what_is_done_when_the_deadline_passes_is_not_lost(jobs: str) -> None:
     assert reasons["A10"][1] == "the deadline had passed before its turn came"
 
 
+@pytest.mark.slow
 def test_a_target_that_one_candidate_cannot_split_costs_no_other(jobs: str) -> None:
     """Of eight ranks each would take fewer samples than the multiple asked for; one card takes them all."""
     table = autobatch.placements(

@@ -22,7 +22,6 @@ from autobatch.integrations.probed import (
     writing_progress,
 )
 from autobatch.library import probe
-from autobatch.probing import nothing_fits
 from autobatch.training.randomness import unchanged_generators
 from autobatch.units import format_bytes
 
@@ -182,8 +181,6 @@ def tune_evaluation(
                 progress=told,
                 **options,
             )
-            if report.max_micro_batch_size is None:
-                raise nothing_fits(report)
         return with_warnings(report, evaluated)
 
     report = _probed_inside(trainer, find, progress)

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("libraries")
 
 
-@pytest.mark.parametrize(
-    "way",
-    ["fork", *(pytest.param(way, marks=pytest.mark.slow) for way in ("autograd-grad", "cpu-before", "resets-peaks"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fork", "autograd-grad", "cpu-before", "resets-peaks"])
 def test_awkward_ways_to_train(way: str) -> None:
     """In a forked child, without a backward, after a small model on the CPU, with peaks that the script resets."""
     report = probe("awkward.py", way, *SIZES, target=8, max_micro_batch=4)
@@ -44,6 +42,7 @@ def test_training_on_the_cpu_alone() -> None:
         probe("awkward.py", "cpu-alone", *SIZES)
 
 
+@pytest.mark.slow
 def test_ranks_that_no_launcher_names(tmp_path: Path) -> None:
     """Torch knows how many train together, where no variable says it."""
     variables = {**environment(), "STORE": str(tmp_path / "store")}

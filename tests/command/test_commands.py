@@ -36,6 +36,7 @@ def test_a_hand_written_loop(tmp_path: Path) -> None:
     assert "{micro_batch_size}" in report.workload
 
 
+@pytest.mark.slow
 def test_a_script_that_takes_no_accumulation() -> None:
     """Where the plan accumulates, it is told and not certified; the whole share in one micro-batch needs none."""
     arguments = (*SIZES[:2], *SMALL)

@@ -415,6 +415,7 @@ def test_a_session_that_ends_is_told_and_nothing_is_asked_any_more(
     complaints.clear()
 
 
+@pytest.mark.slow
 def test_an_idle_page_asks_less_and_less_and_a_hidden_one_not_at_all(service: RunningService, page: Page) -> None:
     """The pauses grow from one second; while the tab is hidden nothing is asked."""
     page.goto(service.url)
