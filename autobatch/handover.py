@@ -38,7 +38,7 @@ def plan_from_env(
 
     The file is what `autobatch probe --plan-file FILE` (or `--format json`) wrote, earlier or on another machine. It holds where
     the card is of the same kind with as much memory, torch is the same version, as many ranks train, and what its largest
-    micro-batch takes is free now. Under `torchrun` every rank calls it alike, and all take the same way.
+    micro-batch takes is free now. With a process group every rank calls it alike, and all take the same way.
 
     Args:
         device: the device that this process trains on.

@@ -240,7 +240,7 @@ class _Ranking:
         """Probe on every card of a group, in as few processes as the job allows."""
         waiting = deque(group)
         alone = 0  # how many of those that wait come first, each in a machine of its own
-        while waiting:
+        while waiting and not self._stop.is_set():
             number = 1 if alone else min(len(waiting), self._probes.cards_at_once)
             some = [waiting.popleft() for _ in range(number)]
             again = self._probe_some(some)
@@ -253,17 +253,14 @@ class _Ranking:
         with self._probes.machine([gpu for gpu, _ in some]) as machine:
             for index, (_, candidates) in enumerate(some):
                 for candidate in [one for one in candidates if one not in self._results]:
-                    try:
-                        if not self._stop.is_set():
-                            self._probe(machine, index, candidate)
-                    except WorkloadError as error:
-                        if self._stop.is_set():
-                            return ()
-                        if index:
-                            return some[index:]
-                        self._fail(candidate, error)
                     if self._stop.is_set():
                         return ()
+                    try:
+                        self._probe(machine, index, candidate)
+                    except WorkloadError as error:
+                        if index or self._stop.is_set():  # a child that was ended from outside says nothing of the job
+                            return some[index:]
+                        self._fail(candidate, error)
                     if not machine.is_alive:  # the child is gone; of this card there may be other numbers to try
                         is_done = all(one in self._results for one in candidates)
                         return some[index + is_done :]

@@ -65,7 +65,7 @@ def tune(
         >>> report = tune(accelerator, loss_of, model=model, optimizer=optimizer, target=256)  # doctest: +SKIP
         >>> loader = accelerator.prepare(DataLoader(data, batch_size=report.plan.micro_batch_size))  # doctest: +SKIP
     """
-    check_undecided(dict.fromkeys(options), ("split", "world_size"), who="the accelerator")
+    check_undecided(options, ("split", "world_size"), who="the accelerator")
     _check(accelerator, optimizer)
 
     def micro_step(n: int) -> None:

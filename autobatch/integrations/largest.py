@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_LOOKS", "LargestSamples", "Loader", "largest_named"]
 
 MOST_LOOKS = 10_000
-"""Samples that are looked at where nobody says how many: some seconds of a tokenized data set."""
+"""Samples that are looked at where nobody says how many."""
 
 _DEEPEST = 8  # a sample that is nested deeper than this, or in itself, is counted as one element there
 
@@ -103,7 +103,7 @@ class LargestSamples:
         if self._last is None or self._last[0] != size:
             with unchanged_generators():
                 chosen = [self.samples[index] for index in itertools.islice(itertools.cycle(self.order), size)]
-            self._last = (size, self.collate(chosen))
+                self._last = (size, self.collate(chosen))
         return _with_new_containers(self._last[1])
 
     @property

@@ -205,7 +205,6 @@ class _TrainingStep:
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def __call__(self, batch: Any) -> None:
-
         strategy, module = self._trainer.strategy, self._module
         # As the epoch's loop does it; the hooks are the module's or the data module's.
         batch = module._on_before_batch_transfer(strategy.precision_plugin.convert_input(batch), dataloader_idx=0)  # noqa: SLF001

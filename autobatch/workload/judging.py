@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from autobatch.gpu.memory import MemoryReading
 
-__all__ = ["Failure", "Progress", "explain_failure", "judge", "try_beside_tenants"]
+__all__ = ["Failure", "Progress", "explain_failure", "first_line", "judge", "try_beside_tenants"]
 
 # Pauses before each attempt while another process takes memory: it may be one that only starts.
 _PAUSES_SECONDS = (0.0, 1.0, 3.0)
@@ -61,7 +61,7 @@ def explain_failure(error: BaseException, size: int, *, nearly_full: bool, small
         smaller_ran: whether a smaller size ran before.
     """
     verdict = classify(error, device_nearly_full=nearly_full, smaller_size_ran=smaller_ran)
-    text = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")  # a bare `assert` says nothing
+    text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")  # a bare `assert` says nothing
     return Failure(
         message=_describe(size, verdict, text),
         traceback_text="".join(traceback.format_exception(error)),
@@ -172,6 +172,7 @@ def _describe_shortage(failure: Failure | None) -> str:
     return f"the job caught an out-of-memory error, and then: {failure.reason}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; empty where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else ""

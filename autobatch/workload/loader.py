@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, quote
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
 from autobatch.workload.builtin import BUILTIN_WORKLOADS
 from autobatch.workload.job import TrainingJob
+from autobatch.workload.judging import first_line
 from autobatch.workload.named import NAMED_MODELS, local_config
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _import(target: str) -> ModuleType:
         raise
     except SystemExit as error:
         raise WorkloadError(
-            f"importing {target} ended the program ({_first_line(error) or 'sys.exit()'}): put what it does when it is run "
+            f"importing {target} ended the program ({first_line(error) or 'sys.exit()'}): put what it does when it is run "
             "under `if __name__ == '__main__':`",
             traceback_text="".join(traceback.format_exception(error)),
         ) from error
@@ -223,11 +224,6 @@ def _check_parameters(name: WorkloadName, factory: Callable[..., object]) -> Non
 
 def _failed(what: str, error: BaseException) -> WorkloadError:
     return WorkloadError(
-        f"{what} failed: {type(error).__name__}: {_first_line(error)}".removesuffix(": "),
+        f"{what} failed: {type(error).__name__}: {first_line(error)}".removesuffix(": "),
         traceback_text="".join(traceback.format_exception(error)),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autobatch.errors import UsageError
 from autobatch.workload.builtin import Precision, job_of, positive
+from autobatch.workload.judging import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ def build_hf(  # noqa: PLR0913 - each is a choice of the user's
         with torch.device("cuda"):
             model = getattr(transformers, _HF_CLASSES[chosen]).from_config(found, dtype=dtype, **more)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{config} makes no model for {chosen}: {_first_line(error)}") from None
+        raise UsageError(f"{config} makes no model for {chosen}: {first_line(error)}") from None
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -223,7 +224,7 @@ def _hf_config(transformers: Any, name: str) -> Any:
             if near
             else "name a config.json, a folder with one, or a repository of the hub"
         )
-        raise UsageError(f"hf:{name} is no configuration of transformers ({_first_line(error)}): {hint}") from None
+        raise UsageError(f"hf:{name} is no configuration of transformers ({first_line(error)}): {hint}") from None
 
 
 def _task_of(config: Any, name: str) -> str:
@@ -294,8 +295,3 @@ def _timm_network(timm: Any, model: str, image: int, classes: int) -> Any:
         with contextlib.suppress(TypeError):  # a convolutional model takes images of any side
             return timm.create_model(model, pretrained=False, num_classes=classes, img_size=image)
     return timm.create_model(model, pretrained=False, num_classes=classes)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import run_two_ranks
 
+import autobatch
 from autobatch.emulator.launch import open_machine
+from autobatch.handover import write_plan_file
 
 if TYPE_CHECKING:
     from autobatch.emulator.machine import EmulatedMachine
@@ -62,3 +64,18 @@ def test_ranks_train_an_epoch_together(wrapper: str, tmp_path: Path) -> None:
     """Collectives on emulated cards carry no values: what ranks tell each other at the end of an epoch arrives all the same."""
     with open_machine(("L4", "T4")) as machine:
         assert answers(machine, tmp_path, "accumulate", wrapper) == [{"steps": 3, "samples": 14}] * 2
+
+
+@pytest.mark.slow
+def test_a_plan_that_one_rank_cannot_take_up_is_taken_up_by_none(tmp_path: Path) -> None:
+    """Two L4 take the plan that was found for two L4; where one is a T4 its rank says why, and the other that it is not it."""
+    report = autobatch.probe_workload(
+        "gpt2?layers=1&seq_len=64&vocab=1000", target=256, emulate="L4", world_size=2, max_micro_batch=64, cache="off"
+    )
+    write_plan_file(report, tmp_path / "plan.json")
+    with open_machine(("L4", "L4")) as machine:
+        assert answers(machine, tmp_path, "take-up", str(tmp_path / "plan.json")) == [[64, 2]] * 2
+    with open_machine(("L4", "T4")) as machine:
+        first, second = answers(machine, tmp_path, "take-up", str(tmp_path / "plan.json"))
+    assert first == "another rank cannot take up the plan: what it printed says why"
+    assert second.startswith("the plan was found on NVIDIA L4")

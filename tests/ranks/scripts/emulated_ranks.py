@@ -1,6 +1,7 @@
 """A rank on an emulated card: `probe WRAPPER… UNIT` finds plans, `run WRAPPER N K` trains with K micro-batches of N a step.
 
-`accumulate WRAPPER` trains an epoch by `Accumulator`, whose last window is incomplete.
+`accumulate WRAPPER` trains an epoch by `Accumulator`, whose last window is incomplete. `take-up FILE` takes up
+the plan in a file.
 """
 
 from __future__ import annotations
@@ -81,9 +82,22 @@ def accumulate(wrapper: str) -> dict[str, int]:
     return {"steps": training.optimizer_steps, "samples": training.samples_seen}
 
 
+def take_up(path: str) -> object:
+    """Take up a plan that was found on another machine."""
+    import autobatch
+
+    try:
+        plan = autobatch.plan_from_env(device=f"cuda:{rank}", environment={"AUTOBATCH_PLAN_FILE": path})
+    except autobatch.PlanError as error:
+        return str(error)
+    return [plan.micro_batch_size, plan.accumulation_steps]
+
+
 if what == "probe":
     *wrappers, multiple = words
     answer: object = {wrapper: probe(wrapper, multiple) for wrapper in wrappers}
+elif what == "take-up":
+    answer = take_up(*words)
 elif what == "accumulate":
     answer = accumulate(*words)
 else:
