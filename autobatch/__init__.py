@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from autobatch.training.equivalence import Cause, EquivalenceReport, check_equivalence
     from autobatch.training.sampler import PlanBatchSampler
     from autobatch.trial import Outcome, Trial
+    from autobatch.variables import plan_variables
     from autobatch.workload.described import BuiltinWorkload, builtin_workloads
     from autobatch.workload.job import TrainingJob
     from autobatch.workload.loader import WorkloadName
@@ -109,6 +110,7 @@ __all__ = [
     "placement_key",
     "placements",
     "plan_from_env",
+    "plan_variables",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -197,6 +199,7 @@ _HOMES = {
     "report": ("Report",),
     "snapshot": ("Snapshot", "state_hash"),
     "trial": ("Outcome", "Trial"),
+    "variables": ("plan_variables",),
     "workload.job": ("TrainingJob",),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from autobatch.errors import UsageError
@@ -30,8 +30,9 @@ __all__ = [
     "placement_key",
 ]
 
-RankBy = Literal["gpus", "cost", "headroom"]
-"""`gpus`: the fewest cards. `cost`: the lowest price of all cards together. `headroom`: the most memory left on a card."""
+RankBy = Literal["gpus", "cost", "headroom", "throughput"]
+"""`gpus`: the fewest cards. `cost`: the lowest price of all cards together. `headroom`: the most memory left on a card.
+`throughput`: the most samples in a second, which the service knows where a real card was timed."""
 RANK_BY: tuple[str, ...] = get_args(RankBy)
 
 PlacementVerdict = Literal["fits", "does_not_fit", "no_plan", "unknown"]
@@ -90,8 +91,12 @@ class Placement:
     """Memory of a card that the plan leaves, headroom that was asked for included; None where nothing fits."""
     missing_bytes: int | None
     """For `does_not_fit`: by about how many bytes the smallest size is too large; None where that is not known."""
-    report: Report | None
-    """The probe behind it; None where none ran."""
+    report: Report | None = None
+    """The probe behind it; None where none ran here."""
+    measurement: str | None = field(default=None, metadata={"omit_none": True})
+    """The id of the measurement behind it, where the service answered."""
+    samples_per_second: float | None = field(default=None, metadata={"omit_none": True})
+    """Over all its cards, where the service knows what a real one took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,7 @@ def placement_key(
 
     Args:
         verdict: as in `Placement`.
-        rank_by: one of `RANK_BY`, or `throughput` where there are times.
+        rank_by: one of `RANK_BY`.
         count: cards.
         price_per_hour: of all cards together.
         headroom_bytes: memory of a card that the plan leaves.

@@ -106,6 +106,8 @@ def placements(  # noqa: PLR0913 - what each caller may choose
     """
     if rank_by not in RANK_BY:
         raise UsageError(f"rank_by {rank_by!r} is unknown; choose {', '.join(RANK_BY)}")
+    if rank_by == "throughput":
+        raise UsageError("rank_by 'throughput' needs times, and an emulated card has none: ask a service that has them")
     if decided := sorted(set(options) & set(_DECIDED)):
         raise UsageError(f"{', '.join(decided)} cannot be given to a ranking: each candidate has its own")
     if unknown := sorted(set(options) - {field.name for field in dataclasses.fields(ProbeOptions)}):

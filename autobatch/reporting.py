@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
 
-from autobatch.errors import UnavailableError, UsageError
+from autobatch.client import ServiceClient
+from autobatch.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from email.message import Message
-    from typing import IO
-
     from autobatch.report import Report
 
 __all__ = ["ReportingService"]
 
-_TIMEOUT_SECONDS = 10.0
-# A service that restarts, or whose database is away for a moment, is there again within these pauses.
-_PAUSES_SECONDS = (1.0, 3.0)
-_PASSING = frozenset({429, 502, 503, 504})
-_LONGEST_ANSWER = 1 << 20
 
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A token goes to the address that was named, and to no other."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        """Follow nothing: the redirect is an error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportingService:
-    """The service at one address."""
-
-    url: str
-    """Like `http://scheduler:8000`."""
-    token: str | None = None
-    """A bearer token with the scope `probe:write`, where the service asks for one."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise UsageError(
-                f"--report-to {self.url!r} is no address of a service: write one like http://scheduler:8000"
-            )
-        if parts.username is not None or parts.query or parts.fragment:
-            raise UsageError("--report-to takes an address alone; a token goes into the variable AUTOBATCH_TOKEN")
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
-            raise UsageError("the token in AUTOBATCH_TOKEN has characters that no token has: copy it again")
+class ReportingService(ServiceClient):
+    """The service at one address, as a probe's report goes there; its token needs the scope `probe:write`."""
 
     def check(self, workload: str) -> None:
         """See, before a probe of minutes, that its report will be taken.
@@ -67,7 +27,7 @@ class ReportingService:
             UnavailableError: the service is not there, or does not take the token.
             UsageError: it knows no such workload.
         """
-        answer = self._ask("GET", "/v1/workloads", None)
+        answer = self.ask("GET", "/v1/workloads")
         known = {
             str(one.get("name")): one.get("parameters") or {}
             for one in answer.get("workloads", [])
@@ -99,55 +59,4 @@ class ReportingService:
         Raises:
             UnavailableError: it was not taken; the message says why.
         """
-        return str(self._ask("POST", "/v1/measurements", {"report": report.to_dict(), "workload": workload}).get("id"))
-
-    def _ask(self, method: str, path: str, content: Mapping[str, object] | None) -> dict[str, Any]:
-        for pause in _PAUSES_SECONDS:
-            try:
-                return self._ask_once(method, path, content)
-            except _PassingError:
-                time.sleep(pause)
-        try:
-            return self._ask_once(method, path, content)
-        except _PassingError as error:
-            raise UnavailableError(f"the service at {self.url} cannot be used: {error}") from None
-
-    def _ask_once(self, method: str, path: str, content: Mapping[str, object] | None) -> dict[str, Any]:
-        headers = {"Accept": "application/json", "User-Agent": "autobatch"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        body = None
-        if content is not None:
-            body = json.dumps(content).encode()
-            headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(  # noqa: S310 - the scheme was checked
-            self.url.rstrip("/") + path, data=body, headers=headers, method=method
-        )
-        try:
-            with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_SECONDS) as answer:
-                form = json.loads(answer.read(_LONGEST_ANSWER))
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(error) from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise _PassingError(str(getattr(reason, "strerror", None) or reason)) from None
-        if not isinstance(form, dict):
-            raise UnavailableError(f"what answers at {self.url} is not autobatch's service")
-        return form
-
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
-        """Say why by the problem document that came, if one came."""
-        try:
-            problem = json.loads(error.read(_LONGEST_ANSWER))
-            detail = f"{problem['detail']} ({problem['code']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            detail = f"status {error.code}"
-        if error.code in _PASSING:
-            return _PassingError(detail)
-        hint = "; a token with the scope probe:write goes into AUTOBATCH_TOKEN" if error.code in {401, 403} else ""
-        return UnavailableError(f"the service at {self.url} refuses: {detail}{hint}")
-
-
-class _PassingError(Exception):
-    """What may be gone in a moment."""
+        return str(self.ask("POST", "/v1/measurements", {"report": report.to_dict(), "workload": workload}).get("id"))

@@ -48,6 +48,7 @@ def test_one_size_is_told_in_every_way() -> None:
     values = variables(plan_as_environment(ONE_SIZE, basis="emulated"))
     assert values == {
         "AUTOBATCH_BASIS": "emulated",
+        "AUTOBATCH_MEASUREMENT": None,
         "AUTOBATCH_TARGET": "256",
         "AUTOBATCH_WORLD_SIZE": "1",
         "AUTOBATCH_EFFECTIVE_BATCH_SIZE": "256",

@@ -77,6 +77,7 @@ PUBLIC = [
     "placement_key",
     "placements",
     "plan_from_env",
+    "plan_variables",
     "probe",
     "probe_command",
     "probe_lengths",
@@ -106,6 +107,7 @@ FLOORS: list[tuple[str, ...]] = [
         "evidence",
         "known",
         "placement",
+        "variables",
     ),
     ("store",),
     ("gpu", "emulator"),
@@ -127,7 +129,7 @@ FLOORS: list[tuple[str, ...]] = [
         "doctor",
         "cache",
     ),
-    ("present", "reporting", "cli", "integrations", "__init__", "__main__"),
+    ("present", "client", "reporting", "placing", "cli", "integrations", "__init__", "__main__"),
 ]
 
 

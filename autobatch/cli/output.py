@@ -63,20 +63,31 @@ def write_json(content: object) -> None:
     write_text(json.dumps(content, indent=2))
 
 
-def write_plan(plan: Plan, form: str, *, basis: Basis | None = None, notes: Sequence[str] = ()) -> None:
+def write_plan(
+    plan: Plan,
+    form: str,
+    *,
+    basis: Basis | None = None,
+    measurement: str | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     """Write a plan in the form `env` or one of `ARGUMENT_FORMS`, and on standard error what that form has no place for.
 
     Args:
         plan: the plan.
         form: the form's name.
         basis: where its maximum comes from; None where nobody measured it.
+        measurement: the id under which the service keeps it; None where it came from none.
         notes: what the reader should know, one line each.
 
     Raises:
         PlanError: the plan cannot be written in this form.
         BrokenPipeError, AutobatchError: as `write_text`.
     """
-    write_text(plan_as_environment(plan, basis=basis) if form == "env" else plan_as_arguments(plan, form))
+    if form == "env":
+        write_text(plan_as_environment(plan, basis=basis, measurement=measurement))
+    else:
+        write_text(plan_as_arguments(plan, form))
     sizes = sizes_note(plan) if form == "env" else ""
     for note in (*([sizes] if sizes else []), *notes):
         say(f"note: {note}")

@@ -96,6 +96,16 @@ class Card:
         """What the driver keeps for itself: NVML's total less CUDA's (NVML's `reserved`, memory info v2)."""
         return self.nvml_total_bytes - self.cuda_total_bytes
 
+    @property
+    def kubernetes_product(self) -> str:
+        """The label `nvidia.com/gpu.product` of NVIDIA's GPU feature discovery: NVML's name with '-' for blanks."""
+        return self.nvml_name.replace(" ", "-")
+
+    @property
+    def slurm_type(self) -> str:
+        """The type of gres that Slurm's `AutoDetect=nvml` gives it: NVML's name in lower case with '_' for blanks."""
+        return self.nvml_name.replace(" ", "_").lower()
+
 
 @functools.cache
 def load_catalogue() -> tuple[Card, ...]:

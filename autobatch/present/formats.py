@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING
 
-from autobatch.errors import PlanError
+from autobatch.errors import PlanError, UsageError
+from autobatch.variables import plan_variables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autobatch.options import ProbeOptions
+    from autobatch.placement import Placement
     from autobatch.plan import Plan
     from autobatch.report import Basis
 
-__all__ = ["ARGUMENT_FORMS", "FORMATS", "check_form", "plan_as_arguments", "plan_as_environment", "sizes_note"]
+__all__ = [
+    "ARGUMENT_FORMS",
+    "FORMATS",
+    "PLACEMENT_FORMS",
+    "check_form",
+    "placement_as_arguments",
+    "plan_as_arguments",
+    "plan_as_environment",
+    "sizes_note",
+]
 
 ARGUMENT_FORMS: dict[str, str] = {
     "args": "--micro-batch-size {micro} --accumulation-steps {steps}",
@@ -33,57 +43,36 @@ https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html, https://www.dee
 https://docs.pytorch.org/torchtune/stable/deep_dives/configs.html.)
 """
 
+PLACEMENT_FORMS: dict[str, str] = {
+    "slurm": "--gres=gpu:{type}:{count}",
+    "slurm:constraint": "--gres=gpu:{count} --constraint={type}",
+}
+"""Cards as words of `sbatch`: by the type of their generic resource, or by a feature of their nodes.
+
+(Source: https://slurm.schedmd.com/sbatch.html, `--gres`, whose count is that of one node, and `--constraint`.)
+"""
+
 FORMATS = ("table", "json", "env", *ARGUMENT_FORMS)
 """What `--format` takes: `env` for `eval "$(…)"`, `args` and what begins so for a command line."""
 
-# Linux starts no program whose environment has a longer `NAME=value` (MAX_ARG_STRLEN, 32 pages, its closing 0 included;
-# include/uapi/linux/binfmts.h): after such an `eval` every command would fail.
-_LONGEST_VARIABLE = 32 * 4096 - 1
+_SLURM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def plan_as_environment(plan: Plan, *, basis: Basis | None = None) -> str:
+def plan_as_environment(plan: Plan, *, basis: Basis | None = None, measurement: str | None = None) -> str:
     """Write the plan as lines that a shell may evaluate: `export NAME=value`, or `unset NAME`.
-
-    What one number or one list cannot say truly is unset rather than rounded: AUTOBATCH_MICRO_BATCH_SIZE where sizes
-    differ, AUTOBATCH_MICRO_BATCH_SIZES where they differ between ranks. Every name is set or unset, so that none is
-    left from a plan before.
 
     Args:
         plan: the plan.
         basis: where its maximum comes from; None where nobody measured it.
+        measurement: the id under which the service keeps what was measured; None where it came from no service.
 
     Raises:
         PlanError: a list of sizes is longer than Linux passes on to a program.
     """
-    ranks = plan.rank_micro_batch_sizes
-    values = {
-        "AUTOBATCH_BASIS": basis,
-        "AUTOBATCH_TARGET": plan.target,
-        "AUTOBATCH_WORLD_SIZE": plan.world_size,
-        "AUTOBATCH_EFFECTIVE_BATCH_SIZE": plan.effective_batch_size,
-        "AUTOBATCH_EXACT": int(plan.exact),
-        "AUTOBATCH_ACCUMULATION_STEPS": plan.accumulation_steps,
-        "AUTOBATCH_MICRO_BATCH_SIZE": plan.micro_batch_size if len(plan.sizes) == 1 else None,
-        "AUTOBATCH_MICRO_BATCH_SIZES": _listing(plan.micro_batch_sizes) if ranks is None else None,
-        "AUTOBATCH_RANK_MICRO_BATCH_SIZES": None if ranks is None else ";".join(map(_listing, ranks)),
-    }
-    return "\n".join(_line(name, value) for name, value in values.items())
-
-
-def _line(name: str, value: object) -> str:
-    if value is None:
-        return f"unset {name}"
-    length = len(f"{name}={value}")
-    if length > _LONGEST_VARIABLE:
-        raise PlanError(
-            f"{name} would have {length} characters, above the {_LONGEST_VARIABLE} that Linux passes on to a program: "
-            "take --format json"
-        )
-    return f"export {name}={shlex.quote(str(value))}"
-
-
-def _listing(sizes: Sequence[int]) -> str:
-    return ",".join(map(str, sizes))
+    values = plan_variables(plan, basis=basis, measurement=measurement)
+    return "\n".join(
+        f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}" for name, value in values.items()
+    )
 
 
 def plan_as_arguments(plan: Plan, form: str = "args") -> str:
@@ -103,6 +92,25 @@ def plan_as_arguments(plan: Plan, form: str = "args") -> str:
         f"the plan mixes micro-batches of {_sizes_text(plan)}, of which --format {form} can name one only: "
         f"take {even}--format env or json for all of them"
     )
+
+
+def placement_as_arguments(placement: Placement, form: str, *, type_name: str | None = None) -> str:
+    """Write the cards of a placement as words of a scheduler's command line.
+
+    Args:
+        placement: the placement.
+        form: one of `PLACEMENT_FORMS`.
+        type_name: what the scheduler calls the card; the name that `AutoDetect=nvml` gives it where None.
+
+    Raises:
+        UsageError: the name has signs that a shell or Slurm reads otherwise.
+    """
+    from autobatch.gpu.catalogue import find_card
+
+    name = find_card(placement.gpu).slurm_type if type_name is None else type_name
+    if not _SLURM_NAME.fullmatch(name):
+        raise UsageError(f"type {name!r} of {placement.gpu} is not a name of letters, digits, '.', '_' and '-'")
+    return PLACEMENT_FORMS[form].format(type=name, count=placement.count)
 
 
 def check_form(options: ProbeOptions, form: str) -> None:

@@ -29,7 +29,7 @@ def placements_view(table: PlacementTable) -> RenderableType:
     from rich.text import Text
 
     priced = any(one.price_per_hour is not None for one in table.placements)
-    title = Text.assemble((table.workload, "bold"), f", target {table.target}, by {table.rank_by}, emulated")
+    title = Text.assemble((table.workload, "bold"), f", target {table.target}, by {table.rank_by}, {_bases(table)}")
     grid = Table(box=None, pad_edge=False)
     for name in ("", "cards", "micro-batch", "steps", "peak", "left"):
         grid.add_column(name, justify="left" if name == "cards" else "right", no_wrap=True)
@@ -67,17 +67,24 @@ def verdict_words(one: Placement) -> tuple[str, str]:
 
 def _figures(one: Placement) -> list[str]:
     """Micro-batch, steps, peak and what is left."""
-    if one.plan is None or one.report is None:
+    if one.plan is None:
         return ["–"] * 4
-    memory = one.report.memory
-    left = one.headroom_bytes or 0
-    peak = memory.budget_bytes + memory.headroom_bytes - left
+    peak = "–"
+    if one.report is not None:
+        memory = one.report.memory
+        peak = format_bytes(memory.budget_bytes + memory.headroom_bytes - (one.headroom_bytes or 0))
     return [
         "+".join(map(str, one.plan.sizes)) if len(one.plan.sizes) > 1 else str(one.plan.micro_batch_size),
         str(one.plan.accumulation_steps),
-        format_bytes(peak),
-        format_bytes(left),
+        peak,
+        "–" if one.headroom_bytes is None else format_bytes(one.headroom_bytes),
     ]
+
+
+def _bases(table: PlacementTable) -> str:
+    """What the figures are: of real cards, of emulated ones, or of both."""
+    bases = sorted({one.basis for one in table.placements if one.basis is not None})
+    return " and ".join(bases) or "nothing measured"
 
 
 def _remarks(table: PlacementTable) -> list[RenderableType]:

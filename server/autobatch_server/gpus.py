@@ -1,13 +1,12 @@
-"""The names of cards: as NVML, Kubernetes labels, Ray and Slurm spell them, and the one that this service keeps."""
+"""The names of cards: as NVML, Kubernetes labels, Ray and Slurm spell them, to the one that this service keeps."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from autobatch import Card, UsageError, find_card, load_catalogue
 
-__all__ = ["GpuNames", "GpuProblem", "canonical_gpu", "known_gpus"]
+__all__ = ["GpuProblem", "canonical_gpu"]
 
 # The label nvidia.com/gpu.product of a slice ends in -MIG-1g.5gb (github.com/NVIDIA/k8s-device-plugin, gpu-feature-discovery),
 # NVML's own name in " MIG 1g.5gb", Slurm's in the profile alone.
@@ -21,29 +20,6 @@ class GpuProblem(Exception):  # noqa: N818 - a finding about a request, turned i
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(code)
         self.code, self.detail = code, detail
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuNames:
-    """A card and what others call it."""
-
-    card: Card
-    kubernetes: str
-    """The label `nvidia.com/gpu.product` of NVIDIA's GPU feature discovery: NVML's name with '-' for blanks."""
-    slurm: str
-    """The type that Slurm's `AutoDetect=nvml` gives it: NVML's name in lower case with '_' for blanks."""
-
-
-def known_gpus() -> tuple[GpuNames, ...]:
-    """Every card of the catalogue with its names."""
-    return tuple(
-        GpuNames(
-            card=card,
-            kubernetes=card.nvml_name.replace(" ", "-"),
-            slurm=card.nvml_name.replace(" ", "_").lower(),
-        )
-        for card in load_catalogue()
-    )
 
 
 def canonical_gpu(name: str, *, strict: bool = True) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from autobatch import find_card, load_catalogue
-from autobatch_server.gpus import GpuProblem, canonical_gpu, known_gpus
+from autobatch_server.gpus import GpuProblem, canonical_gpu
 
 if TYPE_CHECKING:
     from service_fakes import RunningService
@@ -52,11 +52,11 @@ SLICES = (
 
 def test_every_way_of_spelling_a_card_means_that_card() -> None:
     """NVML's name, Kubernetes' label, shared or not, Slurm's gres type and our own, for the whole catalogue."""
-    assert [names.card for names in known_gpus()] == list(load_catalogue())
-    for names in known_gpus():
-        spellings = (names.card.name, names.card.nvml_name, names.kubernetes, f"{names.kubernetes}-SHARED", names.slurm)
-        assert {canonical_gpu(name) for name in spellings} == {names.card.name}
-        assert " " not in names.kubernetes + names.slurm
+    for card in load_catalogue():
+        product = card.kubernetes_product
+        spellings = (card.name, card.nvml_name, product, f"{product}-SHARED", card.slurm_type)
+        assert {canonical_gpu(name) for name in spellings} == {card.name}
+        assert " " not in product + card.slurm_type
 
 
 @pytest.mark.parametrize(("name", "card"), [*RAY.items(), *SEEN.items()])

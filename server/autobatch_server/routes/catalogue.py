@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from autobatch_server.gpus import known_gpus
+from autobatch import load_catalogue
 from autobatch_server.problems import problem_responses
 from autobatch_server.routes.parts import COMMON_PROBLEMS, Reader, Served
 from autobatch_server.schemas import Gpu, GpuList, ParameterForm, WorkloadForm, WorkloadList
@@ -46,16 +46,16 @@ def list_gpus(services: Served, principal: Reader) -> GpuList:
     return GpuList(
         gpus=[
             Gpu(
-                name=names.card.name,
-                nvml_name=names.card.nvml_name,
-                kubernetes=names.kubernetes,
-                slurm=names.slurm,
-                aliases=list(names.card.aliases),
-                total_bytes=names.card.nvml_total_bytes,
-                compute_capability="{}.{}".format(*names.card.compute_capability),
+                name=card.name,
+                nvml_name=card.nvml_name,
+                kubernetes=card.kubernetes_product,
+                slurm=card.slurm_type,
+                aliases=list(card.aliases),
+                total_bytes=card.nvml_total_bytes,
+                compute_capability="{}.{}".format(*card.compute_capability),
                 can_be_emulated=emulates,
-                runners=held.count(names.card.name),
+                runners=held.count(card.name),
             )
-            for names in known_gpus()
+            for card in load_catalogue()
         ]
     )

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from starlette.routing import Match
 
+from autobatch import load_catalogue
 from autobatch_server.documents import STATIC, PageRoute, read_form, render, static_file
-from autobatch_server.gpus import known_gpus
 from autobatch_server.pages import PageMemory, budget_lines, certificate, event_rows, probe_row
 from autobatch_server.problems import ProblemError
 from autobatch_server.queue import ENDED, ProbeRecord
@@ -61,7 +61,7 @@ def overview(request: Request, services: Served, principal: Reader, memory: _Kep
         status=finding.status,
         finding=finding,
         workloads=services.catalogue.names,
-        gpus=[names.card.name for names in known_gpus()],
+        gpus=[card.name for card in load_catalogue()],
         **show(),
         **_visitor(request, principal),
     )
