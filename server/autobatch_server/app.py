@@ -13,7 +13,7 @@ from autobatch_server.guard import Guard
 from autobatch_server.openapi import describe_interface
 from autobatch_server.problems import install_problem_handlers
 from autobatch_server.remembered import RememberedAnswers
-from autobatch_server.routes import catalogue, docs, health, measurements, page, plans, probes
+from autobatch_server.routes import admission, catalogue, docs, health, measurements, page, plans, probes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -55,7 +55,7 @@ def create_app(services: Services, *, runner: Runner | None = None) -> FastAPI:
     app.state.services = services
     app.state.closing = threading.Event()
     app.state.notify = runner.notify if runner is not None else _nobody_to_notify
-    for module in (plans, measurements, catalogue, probes, health, docs, page):
+    for module in (plans, measurements, catalogue, probes, admission, health, docs, page):
         app.include_router(module.router)
     install_problem_handlers(app)
     app.add_middleware(RememberedAnswers, services=services)

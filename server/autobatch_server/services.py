@@ -7,8 +7,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from starlette.concurrency import run_in_threadpool
+
 from autobatch.store import MeasurementStore
 from autobatch_server.access import Authenticator
+from autobatch_server.answers import KnownSeries
 from autobatch_server.execution import ChildExecutor
 from autobatch_server.freshness import Freshness
 from autobatch_server.metrics import Metrics
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
     from autobatch.store import Database
     from autobatch_server.access import Principal
-    from autobatch_server.answers import KnownSeries
     from autobatch_server.execution import Executor
     from autobatch_server.settings import Settings
 
@@ -136,6 +138,24 @@ class Services:
     def limits(self) -> Limits:
         """Bounds of the queue."""
         return Limits(queued=self.settings.queue_limit, per_token=self.settings.queue_limit_per_token)
+
+    async def known_series(self, number: int, workload: str, gpu: str) -> KnownSeries:
+        """What is known of a job on a card: from memory, where nothing in the database changed since it was read.
+
+        Args:
+            number: the database's number, read before.
+            workload: the job by its one name.
+            gpu: the card by its one name.
+
+        Raises:
+            StoreUnavailableError: the database is away.
+        """
+        known = self.series.get(number, workload, gpu)
+        if known is None:
+            measurements, ooms = await run_in_threadpool(self.measurements.series, workload, gpu)
+            known = KnownSeries(measurements=tuple(measurements), ooms=tuple(ooms))
+            self.series.put(number, workload, gpu, known)
+        return known
 
     @contextlib.contextmanager
     def running(self, executor: Executor | None = None) -> Iterator[Runner]:

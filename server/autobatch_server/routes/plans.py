@@ -6,10 +6,9 @@ import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from autobatch import PlanError
-from autobatch_server.answers import Answer, KnownSeries, answer_question
+from autobatch_server.answers import Answer, answer_question
 from autobatch_server.gpus import canonical_gpu
 from autobatch_server.placements import rank_candidates
 from autobatch_server.problems import ProblemError, problem_responses
@@ -28,7 +27,6 @@ from autobatch_server.schemas import (
     SplitName,
     WorkloadName,
 )
-from autobatch_server.services import Services
 
 __all__ = ["router"]
 
@@ -101,7 +99,7 @@ async def get_plan(
         target=target, world_size=world_size, split=split, multiple_of=multiple_of, tolerance=tolerance
     )
     number = await services.freshness.number()
-    known = await _known(services, number, str(job), card)
+    known = await services.known_series(number, str(job), card)
     try:
         answer = answer_question(known, workload=str(job), gpu=card, options=options, basis=basis)
     except PlanError as error:
@@ -127,16 +125,6 @@ def _refuse_slips(http: Request) -> None:
             )
         if names.count(name) > 1:
             raise ProblemError("invalid-request", f"query.{name}: given {names.count(name)} times, wanted once")
-
-
-async def _known(services: Services, number: int, workload: str, gpu: str) -> KnownSeries:
-    """What is known of the job on the card: from memory, where nothing in the database changed since it was read."""
-    known = services.series.get(number, workload, gpu)
-    if known is None:
-        measurements, ooms = await run_in_threadpool(services.measurements.series, workload, gpu)
-        known = KnownSeries(measurements=tuple(measurements), ooms=tuple(ooms))
-        services.series.put(number, workload, gpu, known)
-    return known
 
 
 def _plan_answer(

@@ -1,0 +1,169 @@
+"""What is decided about a Pod that is about to be made: its plan, and the cards that the plan is known to fit on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from autobatch import Card, PlanError, find_card, load_catalogue, plan_variables
+from autobatch_server.answers import Answer, KnownSeries, answer_question
+from autobatch_server.gpus import GpuProblem, canonical_gpu
+from autobatch_server.pods import MEMORY_LABEL, PRODUCT_LABEL, CardTerm, Pod, PodError, PodQuestion, patch_for
+from autobatch_server.problems import ProblemError
+from autobatch_server.questions import make_options, refuse_plan
+from autobatch_server.workloads import WorkloadProblem
+
+if TYPE_CHECKING:
+    from autobatch import Plan, ProbeOptions
+    from autobatch.store import Measurement
+    from autobatch_server.schemas import SplitName
+    from autobatch_server.services import Services
+
+__all__ = ["Decision", "decide"]
+
+# Two cards of a kind differ a little in the memory that their driver reports; cards of two kinds by gigabytes.
+_SAME_MEMORY = 0.98
+_MIB = 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of a Pod; it is admitted in any case."""
+
+    patch: tuple[dict[str, Any], ...] = ()
+    """A JSON Patch; empty where the Pod stays as it is."""
+    warnings: tuple[str, ...] = ()
+    """What whoever made the Pod is shown."""
+    verdict: str = ""
+    """`fits`, `does_not_fit` or `unknown`; empty where nothing was asked, or nothing that has an answer."""
+    measurement: str | None = None
+
+
+async def decide(services: Services, form: dict[str, Any]) -> Decision:
+    """Decide about a Pod.
+
+    The first card that the job fits on, in the order of the Pod's own list or from the least memory up, gives the plan. Further
+    cards are allowed where that same plan is known to fit.
+
+    Args:
+        services: whose measurements answer.
+        form: the Pod's object.
+
+    Raises:
+        StoreUnavailableError: the database is away.
+    """
+    pod = Pod(form)
+    try:
+        question = pod.question()
+        return Decision() if question is None else await _answer(services, pod, question)
+    except PodError as error:
+        return Decision(warnings=(str(error),))
+    except (ProblemError, WorkloadProblem, GpuProblem) as error:
+        return Decision(warnings=(f"{error.detail} ({error.code})",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """A card with what is known of the job on it."""
+
+    card: Card
+    series: KnownSeries
+    answer: Answer
+
+
+async def _answer(services: Services, pod: Pod, question: PodQuestion) -> Decision:
+    job = str(services.catalogue.find(question.workload))
+    options = make_options(
+        target=question.target, world_size=question.world_size, split=cast("SplitName", question.split)
+    )
+    cards = _candidates(pod, question)
+    if not cards:
+        raise PodError(f"the Pod's own node selection allows none of the cards that could be chosen by {PRODUCT_LABEL}")
+    number = await services.freshness.number()
+    known = []
+    for card in cards:
+        series = await services.known_series(number, job, card.name)
+        try:
+            answer = answer_question(series, workload=job, gpu=card.name, options=options, basis=question.basis)
+        except PlanError as error:  # by what fits on this card; the target may be split by what fits on another
+            impossible = refuse_plan(options, error)
+            continue
+        known.append(_Known(card=card, series=series, answer=answer))
+    if not known:
+        raise impossible
+    for one in known:
+        plan, measurement = one.answer.plan, one.answer.measurement
+        if plan is not None and measurement is not None:
+            others = [
+                other for other in known if other is not one and _holds_plan(other, plan, options, question.basis)
+            ]
+            return _fitting(pod, question, plan, measurement, [one.card, *(other.card for other in others)])
+    return _none(job, question, known)
+
+
+def _candidates(pod: Pod, question: PodQuestion) -> list[Card]:
+    """The cards in the order in which they are tried: those listed, or all from the least memory up; no forbidden one."""
+    if question.gpus:
+        found = [find_card(name) for name in dict.fromkeys(map(canonical_gpu, question.gpus))]
+    else:
+        found = sorted(load_catalogue(), key=lambda card: card.nvml_total_bytes)
+    return [card for card in found if pod.allows(_labels(card))]
+
+
+def _labels(card: Card) -> dict[str, str]:
+    return {PRODUCT_LABEL: card.kubernetes_product, MEMORY_LABEL: str(card.nvml_total_bytes // _MIB)}
+
+
+def _none(job: str, question: PodQuestion, known: list[_Known]) -> Decision:
+    """No card is known to fit: the Pod goes on as it is, and whoever made it hears why."""
+    failing = [one for one in known if one.answer.verdict == "does_not_fit"]
+    ranks = "1 rank" if question.world_size == 1 else f"{question.world_size} ranks"
+    what = f"{job} for target {question.target} over {ranks}"
+    if failing and len(failing) == len(known):
+        names = ", ".join(one.card.name for one in failing)
+        return Decision(
+            verdict="does_not_fit", warnings=(f"{what} does not fit on {names}: it will run out of memory",)
+        )
+    return Decision(
+        verdict="unknown", warnings=(f"nothing measured tells a card for {what}: POST /v1/probes measures one",)
+    )
+
+
+def _fitting(pod: Pod, question: PodQuestion, plan: Plan, measurement: Measurement, cards: list[Card]) -> Decision:
+    """The Pod is told the plan, and goes to one of the cards that it is known to fit on."""
+    basis = measurement.report.basis
+    try:
+        values = plan_variables(plan, basis=basis, measurement=measurement.id)
+    except PlanError as error:
+        raise PodError(str(error)) from None
+    variables = {name: value for name, value in values.items() if value is not None}
+    sizes, names = "+".join(map(str, plan.sizes)), ", ".join(card.name for card in cards)
+    patch, warnings = patch_for(
+        pod,
+        question,
+        variables=variables,
+        terms=[_term(card) for card in cards] if question.sets_affinity else [],
+        answer=f"{sizes} x {plan.accumulation_steps} on {names} ({basis}, {measurement.id})",
+    )
+    return Decision(patch=tuple(patch), warnings=tuple(warnings), verdict="fits", measurement=measurement.id)
+
+
+def _holds_plan(one: _Known, plan: Plan, options: ProbeOptions, basis: str | None) -> bool:
+    """Whether what is known of another card proves that it takes the very same plan."""
+    capped = dataclasses.replace(options, max_micro_batch=max(plan.sizes))
+    try:
+        answer = answer_question(one.series, workload="", gpu=one.card.name, options=capped, basis=basis)
+    except PlanError:
+        return False
+    found = answer.plan
+    return found is not None and _sizes(found) == _sizes(plan)
+
+
+def _sizes(plan: Plan) -> tuple[object, ...]:
+    return (plan.rank_micro_batch_sizes, plan.accumulation_steps, plan.sizes)
+
+
+def _term(card: Card) -> CardTerm:
+    """Nodes with this card, and with all of its memory: no slice of it."""
+    return CardTerm(product=card.kubernetes_product, memory_mib=int(card.nvml_total_bytes * _SAME_MEMORY) // _MIB)
