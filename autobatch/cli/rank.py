@@ -13,7 +13,13 @@ from autobatch.cli.probe import Subject, add_command_flags
 from autobatch.cli.settings import read_settings
 from autobatch.errors import NothingFitsError, PlanError, UnavailableError, UsageError
 from autobatch.placement import RANK_BY, Candidate, parse_candidate, parse_price
-from autobatch.present.formats import FORMATS, PLACEMENT_FORMS, placement_as_arguments
+from autobatch.present.formats import (
+    FORMATS,
+    PLACEMENT_FORMS,
+    SUBMISSION_FORMS,
+    placement_as_arguments,
+    placement_as_environment,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +42,8 @@ Rank cards for a training job by emulating each: which fit, with what plan, and 
 card of the catalogue. With --from nothing is probed: a service says what it knows.
 
 Where one fits, the forms other than table and json are of the first: its plan as `autobatch probe` writes it, or its cards
-for sbatch, by the type of their gres (slurm) or by a feature of their nodes (slurm:constraint)."""
+for sbatch, by the type of their gres (slurm) or by a feature of their nodes (slurm:constraint). sbatch and sbatch:constraint are
+lines for a shell to evaluate before sbatch: the plan and the cards in one."""
 
 
 def add_commands(commands: Any) -> None:
@@ -77,7 +84,10 @@ def add_commands(commands: Any) -> None:
         help="ask the service there instead of probing; a token comes from AUTOBATCH_TOKEN",
     )
     parser.add_argument(
-        "--format", choices=(*FORMATS, *PLACEMENT_FORMS), default="table", help="how the result is printed"
+        "--format",
+        choices=(*FORMATS, *PLACEMENT_FORMS, *SUBMISSION_FORMS),
+        default="table",
+        help="how the result is printed",
     )
     parser.add_argument(
         "--type",
@@ -258,6 +268,10 @@ def _print(table: PlacementTable, form: str, types: Mapping[str, str]) -> None:
         return
     if best.plan is None:
         raise PlanError(f"{best.reason}: take --format json")
+    if form in SUBMISSION_FORMS:
+        name = types.get(best.gpu)
+        write_text(placement_as_environment(best, best.plan, form, workload=table.workload, type_name=name))
+        return
     write_plan(best.plan, form, basis=best.basis, measurement=best.measurement, notes=best.plan.warnings)
 
 

@@ -132,7 +132,8 @@ def _key(torch_build: TorchBuild | None) -> str:
     for module in ("build.py", "torchbuild.py"):  # they choose flags, and which calls are answered for
         digest.update((importlib.resources.files("autobatch.emulator") / module).read_bytes())
     if torch_build is not None:
-        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in torch_build.libraries()]
+        # Not their times: an image of a container rounds them, and what was compiled into it would count no more.
+        facts = [(path.name, path.stat().st_size) for path in torch_build.libraries()]
         digest.update(repr((torch_build.version, facts)).encode())
     return digest.hexdigest()[:20]
 

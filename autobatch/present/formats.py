@@ -10,6 +10,8 @@ from autobatch.errors import PlanError, UsageError
 from autobatch.variables import plan_variables
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from autobatch.options import ProbeOptions
     from autobatch.placement import Placement
     from autobatch.plan import Plan
@@ -19,8 +21,10 @@ __all__ = [
     "ARGUMENT_FORMS",
     "FORMATS",
     "PLACEMENT_FORMS",
+    "SUBMISSION_FORMS",
     "check_form",
     "placement_as_arguments",
+    "placement_as_environment",
     "plan_as_arguments",
     "plan_as_environment",
     "sizes_note",
@@ -50,6 +54,15 @@ PLACEMENT_FORMS: dict[str, str] = {
 """Cards as words of `sbatch`: by the type of their generic resource, or by a feature of their nodes.
 
 (Source: https://slurm.schedmd.com/sbatch.html, `--gres`, whose count is that of one node, and `--constraint`.)
+"""
+
+SUBMISSION_FORMS: dict[str, Mapping[str, str]] = {
+    "sbatch": {"SBATCH_GRES": "gpu:{type}:{count}"},
+    "sbatch:constraint": {"SBATCH_GRES": "gpu:{count}", "SBATCH_CONSTRAINT": "{type}"},
+}
+"""The same as variables that `sbatch` reads, which count more than a script's lines and less than options.
+
+(Source: https://slurm.schedmd.com/sbatch.html, "Input environment variables".)
 """
 
 FORMATS = ("table", "json", "env", *ARGUMENT_FORMS)
@@ -105,12 +118,39 @@ def placement_as_arguments(placement: Placement, form: str, *, type_name: str | 
     Raises:
         UsageError: the name has signs that a shell or Slurm reads otherwise.
     """
+    return PLACEMENT_FORMS[form].format(type=_slurm_type(placement, type_name), count=placement.count)
+
+
+def placement_as_environment(
+    placement: Placement, plan: Plan, form: str, *, workload: str, type_name: str | None = None
+) -> str:
+    """Write a placement, with its plan, as lines that a shell may evaluate before `sbatch`.
+
+    Args:
+        placement: the placement.
+        plan: its plan.
+        form: one of `SUBMISSION_FORMS`.
+        workload: the training job, which the job's tasks may ask about again.
+        type_name: as for `placement_as_arguments`.
+
+    Raises:
+        UsageError: the name has signs that Slurm reads otherwise.
+        PlanError: a list of sizes is longer than Linux passes on to a program.
+    """
+    name = _slurm_type(placement, type_name)
+    said = {"AUTOBATCH_WORKLOAD": workload, "AUTOBATCH_GPU": placement.gpu}
+    said |= {key: text.format(type=name, count=placement.count) for key, text in SUBMISSION_FORMS[form].items()}
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in said.items()]
+    return "\n".join([plan_as_environment(plan, basis=placement.basis, measurement=placement.measurement), *lines])
+
+
+def _slurm_type(placement: Placement, type_name: str | None) -> str:
     from autobatch.gpu.catalogue import find_card
 
     name = find_card(placement.gpu).slurm_type if type_name is None else type_name
     if not _SLURM_NAME.fullmatch(name):
         raise UsageError(f"type {name!r} of {placement.gpu} is not a name of letters, digits, '.', '_' and '-'")
-    return PLACEMENT_FORMS[form].format(type=name, count=placement.count)
+    return name
 
 
 def check_form(options: ProbeOptions, form: str) -> None:

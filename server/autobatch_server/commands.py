@@ -83,6 +83,11 @@ def _build_parser() -> _Parser:
         default=argparse.SUPPRESS,
         help="run probes, but answer nothing",
     )
+    serve.add_argument(
+        "--check",
+        action="store_true",
+        help="start nothing: end with 0 where the service with these settings is up on this machine, for health checks",
+    )
     serve.set_defaults(run=_serve)
     token = commands.add_parser("token", help="tokens of the REST service", allow_abbrev=False)
     actions = token.add_subparsers(required=True, metavar="create|list|revoke")
@@ -142,9 +147,13 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    from autobatch_server.serving import serve
+    from autobatch_server.serving import check, serve
 
-    return serve(_settings(parsed))
+    settings = _settings(parsed)
+    if parsed.check:
+        sys.stdout.write(check(settings) + "\n")
+        return 0
+    return serve(settings)
 
 
 @contextlib.contextmanager

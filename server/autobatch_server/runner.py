@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select
 
 from autobatch import AutobatchError, ProbeOptions, Report, find_presence, to_json_form
 from autobatch.store import NewMeasurement, StoreUnavailableError
@@ -122,6 +122,13 @@ class RunnerBoard:
         """Say that a runner is gone."""
         with self._database.write() as connection:
             connection.execute(delete(runner).where(runner.c.id == runner_id))
+
+    def seconds_since_seen(self, host: str) -> float | None:
+        """How long ago a runner of a host last gave a sign of life; None where none did."""
+        with self._database.read() as connection:
+            age = self._database.now() - func.max(runner.c.seen_at)
+            seconds = connection.execute(select(age).where(runner.c.host == host)).scalar_one()
+        return None if seconds is None else max(0.0, float(seconds))
 
     def slots(self) -> list[Slot]:
         """The slots of every runner that is there."""

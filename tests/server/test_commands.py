@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from service_fakes import FakeExecutor, make_settings, running_service, succeeding
+from sqlalchemy import update
 
 import autobatch
-from autobatch import UsageError
+from autobatch import UnavailableError, UsageError
 from autobatch_server.commands import main
 from autobatch_server.database import open_database
+from autobatch_server.services import open_services
 from autobatch_server.settings import ENVIRONMENT_PREFIX, Settings
+from autobatch_server.tables import runner
 from autobatch_server.tokens import TokenStore
 
 if TYPE_CHECKING:
@@ -239,3 +244,43 @@ def test_a_connection_may_idle_for_longer_than_clients_keep_it(tmp_path: Path) -
             connection.close()
         finally:
             server.terminate()
+
+
+def test_a_health_check_tells_whether_the_service_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that answers HTTP by asking it, the address for all included; where nothing listens it fails."""
+    with running_service(make_settings(tmp_path), executor=FakeExecutor(succeeding)) as running:
+        port = running.url.rpartition(":")[2]
+        words = ["serve", "--check", "--port", port, "--database-url", running.services.settings.database_url]
+        for host in ("127.0.0.1", "0.0.0.0", "localhost"):  # noqa: S104 - asked about, not listened on
+            assert in_process([*words, "--host", host], capsys) == Ran(
+                0, f"ready: http://{_reached(host)}:{port}/readyz\n", ""
+            )
+    with pytest.raises(UnavailableError, match="is not up: Connection refused"):
+        main(words)
+    with pytest.raises(UsageError, match="name its port"):
+        main(["serve", "--check", "--port", "0"])
+
+
+def _reached(host: str) -> str:
+    return "127.0.0.1" if host[0] == "0" else host
+
+
+def test_a_health_check_tells_whether_a_runner_alone_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its last sign of life in the database: never given, given, and gone."""
+    settings = make_settings(tmp_path)
+    words = ["serve", "--check", "--no-http", "--database-url", settings.database_url]
+    with pytest.raises(UnavailableError, match="was seen never"):
+        main(words)
+    with open_database(settings.database_url) as database, open_services(settings, database) as services:
+        with services.running(FakeExecutor(succeeding)):
+            until = time.monotonic() + 20
+            while services.board.seconds_since_seen(socket.gethostname()) is None and time.monotonic() < until:
+                time.sleep(0.01)
+            assert in_process(words, capsys).out.startswith("running: seen ")
+        with pytest.raises(UnavailableError, match="was seen never"):
+            main(words)
+        services.board.announce("other", [])
+        with database.write() as connection:
+            connection.execute(update(runner).values(seen_at=database.now() - 100))
+        with pytest.raises(UnavailableError, match=r"was seen 100 s ago, which is above 30 s"):
+            main(words)
