@@ -30,6 +30,7 @@ check: $(VENV)/.checked
 
 bench: $(VENV)/.tested
 	$(BIN)/python tests/benchmarks/search_cost.py
+	$(BIN)/python tests/benchmarks/peers_on_curves.py --write
 	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python tests/benchmarks/plan_rate.py
 	$(BIN)/python tests/benchmarks/accumulator_overhead.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -49,8 +50,12 @@ class ServiceClient:
     """The scope that the token needs, for messages."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
+        try:
+            parts = urlsplit(self.url)
+            _ = parts.port
+        except ValueError:
+            parts = urlsplit("")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or not self.url.isprintable() or " " in self.url:
             raise UsageError(
                 f"{self.flag} {self.url!r} is no address of a service: write one like http://scheduler:8000"
             )
@@ -100,9 +105,9 @@ class ServiceClient:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
-            raise _PassingError(str(getattr(reason, "strerror", None) or reason)) from None
+            raise _PassingError(str(getattr(reason, "strerror", None) or reason or type(reason).__name__)) from None
         if not isinstance(form, dict):
             raise UnavailableError(f"what answers at {self.url} is not autobatch's service")
         return form
@@ -112,7 +117,7 @@ class ServiceClient:
         try:
             problem = json.loads(error.read(_LONGEST_ANSWER))
             detail = f"{problem['detail']} ({problem['code']})"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, http.client.HTTPException):
             detail = f"status {error.code}"
         if error.code in _PASSING:
             return _PassingError(detail)

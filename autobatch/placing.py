@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from autobatch.client import ServiceClient
-from autobatch.errors import AutobatchError, UnavailableError
+from autobatch.errors import AutobatchError, UnavailableError, UsageError
+from autobatch.gpu.catalogue import find_card
 from autobatch.jsonform import from_json_form
 from autobatch.placement import PlacementTable
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from autobatch.plan import Split
 
 __all__ = ["ask_placements"]
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def ask_placements(
@@ -56,9 +61,41 @@ def ask_placements(
     }
     answer = client.ask("POST", "/v1/placements", question)
     try:
-        return from_json_form(PlacementTable, answer)
+        table = from_json_form(PlacementTable, _printable(answer))
+        _check_that_it_answers(table, target, candidates)
     except AutobatchError as error:
-        raise UnavailableError(f"the answer of the service at {url} cannot be read: {error}") from None
+        raise UnavailableError(f"the answer of the service at {url} cannot be used: {error}") from None
+    return table
+
+
+def _check_that_it_answers(table: PlacementTable, target: int, candidates: Sequence[Candidate]) -> None:
+    """Hold an answer against its question: what is printed goes into command lines and environments.
+
+    Raises:
+        UsageError: it is of other cards, of another target, or contradicts itself.
+    """
+    asked = Counter((find_card(one.gpu).name, one.count) for one in candidates)
+    if Counter((one.gpu, one.count) for one in table.placements) != asked:
+        raise UsageError(
+            f"it names {len(table.placements)} placements, which are not those of the {len(candidates)} asked for"
+        )
+    for one in table.placements:
+        if one.plan is not None and (one.plan.target, one.plan.world_size) != (target, one.count):
+            raise UsageError(
+                f"its plan for {one.gpu} is of target {one.plan.target} over {one.plan.world_size} ranks, asked was {target} "
+                f"over {one.count}"
+            )
+        if one.measurement is not None and not _ID.fullmatch(one.measurement):
+            raise UsageError(f"measurement {one.measurement!r} is no id")
+
+
+def _printable(value: Any) -> Any:
+    """The same without signs that a terminal or a shell would act upon."""
+    if isinstance(value, str):
+        return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in value)
+    if isinstance(value, dict):
+        return {key: _printable(one) for key, one in value.items()}
+    return [_printable(one) for one in value] if isinstance(value, list) else value
 
 
 def _form_of(candidate: Candidate) -> dict[str, Any]:

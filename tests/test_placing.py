@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from http_answers import answering
 from service_fakes import FakeExecutor, make_report, make_settings, running_service, succeeding
 
 from autobatch.cli import main
 from autobatch.errors import UsageError
-from autobatch.jsonform import from_json_form
+from autobatch.jsonform import from_json_form, to_json_form
+from autobatch.options import ProbeOptions
 from autobatch.placement import Placement, PlacementTable
 from autobatch.present.formats import placement_as_arguments
 
@@ -132,7 +134,7 @@ def test_an_unknown_workload_and_a_token_are_told(
 
 def test_a_type_that_a_shell_would_read_is_refused() -> None:
     """What is printed goes unquoted into a command line."""
-    one = Placement(
+    placed = Placement(
         rank=1,
         gpu="L4",
         count=1,
@@ -145,4 +147,76 @@ def test_a_type_that_a_shell_would_read_is_refused() -> None:
         missing_bytes=None,
     )
     with pytest.raises(UsageError, match="is not a name of letters"):
-        placement_as_arguments(one, "slurm", type_name="l4 --wrap=id")
+        placement_as_arguments(placed, "slurm", type_name="l4 --wrap=id")
+
+
+def saying(text: str) -> Any:
+    """A service that always says this."""
+    return answering((200, {}, text.encode()))
+
+
+def one(**values: Any) -> dict[str, Any]:
+    """A placement as a service might send it."""
+    plan = to_json_form(ProbeOptions(target=256).make_plan(16))
+    placed = {"rank": 1, "gpu": "L4", "count": 1, "verdict": "fits", "reason": "r", "plan": plan, "basis": "measured"}
+    numbers = {"price_per_hour": None, "headroom_bytes": 1, "missing_bytes": None, "measurement": "mea_1"}
+    return {**placed, **numbers, **values}
+
+
+def table_of(*placements: dict[str, Any]) -> str:
+    return json.dumps({"workload": "gpt2", "target": 256, "rank_by": "gpus", "placements": placements})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "is not autobatch's service"),
+        ("{}", "placementtable.workload is missing"),
+        ("[" * 100_000, "cannot be used"),
+        (table_of(), "not those of the 1 asked for"),
+        (table_of(one(), one()), "not those of the 1 asked for"),
+        (table_of(one(gpu="H200")), "not those of the 1 asked for"),
+        (table_of(one(count=-5)), "not those of the 1 asked for"),
+        (
+            table_of(one(plan=to_json_form(ProbeOptions(target=32).make_plan(16)))),
+            "of target 32 over 1 ranks, asked was 256",
+        ),
+        (table_of(one(measurement="a\nexport LD_PRELOAD=/x")), "is no id"),
+    ],
+)
+@pytest.mark.parametrize("form", ["env", "slurm", "slurm:prolog", "table"])
+def test_an_answer_to_another_question_is_not_taken(
+    text: str, said: str, form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed goes into command lines and environments; the error is one line."""
+    monkeypatch.setattr("autobatch.client._PAUSES_SECONDS", ())
+    with saying(text) as (url, _):
+        assert main(["rank", "gpt2", "--target", "256", "--gpu", "L4", "--from", url, "--format", form]) == 69
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_the_first_that_fits_is_taken_and_signs_that_act_on_a_terminal_are_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever it stands in the list."""
+    unknown = one(gpu="T4", verdict="unknown", plan=None, reason="\x1b[2J\ud800")
+    words = ["rank", "gpt2", "--target", "256", "--gpu", "T4", "--gpu", "L4", "--format"]
+    with saying(table_of(unknown, one(rank=2))) as (url, _):
+        assert main([*words, "slurm", "--from", url]) == 0
+        assert capsys.readouterr().out == "--gres=gpu:nvidia_l4:1\n"
+        assert main([*words, "slurm:prolog", "--from", url]) == 0
+        assert "export AUTOBATCH_MEASUREMENT=mea_1\n" in capsys.readouterr().out
+        assert main([*words, "table", "--from", url]) == 0
+        assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:abc", "http://a b/", "http://[::1", "http://:80", "http://host:99999"]
+)
+def test_an_address_that_cannot_be_asked_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit 2."""
+    assert main(["rank", "gpt2", "--target", "8", "--gpu", "L4", "--from", url]) == 2
+    assert "is no address of a service" in capsys.readouterr().err

@@ -148,6 +148,25 @@ def test_the_accumulation_example_trains_and_is_equal(tmp_path: Path, capsys: py
     assert "equal" in capsys.readouterr().out
 
 
+def test_the_samples_of_schedulers_files_are_those_of_the_files():
+    """The lines of a Slurm script and the annotations of a Pod."""
+    script = (ROOT / "docker/slurm/train.sbatch").read_text()
+    lines = [line for line in README.splitlines() if line.startswith("#AUTOBATCH ")]
+    assert len(lines) == 2
+    assert "\n".join(lines) in script
+    manifest = (ROOT / "docker/kubernetes/train-with-webhook.yaml").read_text()
+    [annotations] = re.findall(r"```yaml\nannotations:\n(.*?)```", README, re.DOTALL)
+    assert all(re.search(rf"^ +{re.escape(line.strip())}", manifest, re.MULTILINE) for line in annotations.splitlines())
+
+
+def test_the_picture_is_there_and_says_what_it_is():
+    """Drawn by `--plot`, and marked as emulated."""
+    [path] = re.findall(r"^32\]\((\S+\.svg)\)$", README, re.MULTILINE)
+    drawn = (ROOT / path).read_text()
+    assert "emulated" in drawn
+    assert "max 37" in drawn
+
+
 def test_the_exit_code_table_has_every_code():
     """The exit codes of the errors are in the README's table."""
     documented = {code for row in table_after("| exit code") for code in map(int, row[0].split(", "))}

@@ -16,9 +16,11 @@ from autobatch.placement import RANK_BY, Candidate, parse_candidate, parse_price
 from autobatch.present.formats import (
     FORMATS,
     PLACEMENT_FORMS,
+    PROLOG_FORM,
     SUBMISSION_FORMS,
     placement_as_arguments,
     placement_as_environment,
+    plan_as_prolog,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ card of the catalogue. With --from nothing is probed: a service says what it kno
 
 Where one fits, the forms other than table and json are of the first: its plan as `autobatch probe` writes it, or its cards
 for sbatch, by the type of their gres (slurm) or by a feature of their nodes (slurm:constraint). sbatch and sbatch:constraint are
-lines for a shell to evaluate before sbatch: the plan and the cards in one."""
+lines for a shell to evaluate before sbatch: the plan and the cards in one. slurm:prolog is the plan as a TaskProlog prints it."""
 
 
 def add_commands(commands: Any) -> None:
@@ -85,7 +87,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=(*FORMATS, *PLACEMENT_FORMS, *SUBMISSION_FORMS),
+        choices=(*FORMATS, *PLACEMENT_FORMS, PROLOG_FORM, *SUBMISSION_FORMS),
         default="table",
         help="how the result is printed",
     )
@@ -260,17 +262,20 @@ def _print(table: PlacementTable, form: str, types: Mapping[str, str]) -> None:
 
         write_view(placements_view(table))
         return
-    best = table.placements[0]
-    if best.verdict != "fits":
+    best = next((one for one in table.placements if one.verdict == "fits"), None)
+    if best is None:
         return  # said as an error
     if form in PLACEMENT_FORMS:
         write_text(placement_as_arguments(best, form, type_name=types.get(best.gpu)))
         return
     if best.plan is None:
-        raise PlanError(f"{best.reason}: take --format json")
+        raise PlanError(f"{best.gpu}: {best.reason}")
     if form in SUBMISSION_FORMS:
         name = types.get(best.gpu)
         write_text(placement_as_environment(best, best.plan, form, workload=table.workload, type_name=name))
+        return
+    if form == PROLOG_FORM:
+        write_text(plan_as_prolog(best.plan, basis=best.basis, measurement=best.measurement))
         return
     write_plan(best.plan, form, basis=best.basis, measurement=best.measurement, notes=best.plan.warnings)
 

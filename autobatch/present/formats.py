@@ -21,12 +21,14 @@ __all__ = [
     "ARGUMENT_FORMS",
     "FORMATS",
     "PLACEMENT_FORMS",
+    "PROLOG_FORM",
     "SUBMISSION_FORMS",
     "check_form",
     "placement_as_arguments",
     "placement_as_environment",
     "plan_as_arguments",
     "plan_as_environment",
+    "plan_as_prolog",
     "sizes_note",
 ]
 
@@ -55,6 +57,9 @@ PLACEMENT_FORMS: dict[str, str] = {
 
 (Source: https://slurm.schedmd.com/sbatch.html, `--gres`, whose count is that of one node, and `--constraint`.)
 """
+
+PROLOG_FORM = "slurm:prolog"
+"""The plan as Slurm reads it of a TaskProlog."""
 
 SUBMISSION_FORMS: dict[str, Mapping[str, str]] = {
     "sbatch": {"SBATCH_GRES": "gpu:{type}:{count}"},
@@ -121,6 +126,18 @@ def placement_as_arguments(placement: Placement, form: str, *, type_name: str | 
     return PLACEMENT_FORMS[form].format(type=_slurm_type(placement, type_name), count=placement.count)
 
 
+def plan_as_prolog(plan: Plan, *, basis: Basis | None = None, measurement: str | None = None) -> str:
+    """Write the plan as lines that Slurm reads of a TaskProlog: `export NAME=value` with the value as it is, or `unset NAME`.
+
+    (Source: https://slurm.schedmd.com/prolog_epilog.html, "TaskProlog".)
+
+    Raises:
+        PlanError: a list of sizes is longer than Linux passes on to a program.
+    """
+    values = plan_variables(plan, basis=basis, measurement=measurement)
+    return "\n".join(f"unset {name}" if value is None else f"export {name}={value}" for name, value in values.items())
+
+
 def placement_as_environment(
     placement: Placement, plan: Plan, form: str, *, workload: str, type_name: str | None = None
 ) -> str:
@@ -138,7 +155,7 @@ def placement_as_environment(
         PlanError: a list of sizes is longer than Linux passes on to a program.
     """
     name = _slurm_type(placement, type_name)
-    said = {"AUTOBATCH_WORKLOAD": workload, "AUTOBATCH_GPU": placement.gpu}
+    said = {"AUTOBATCH_WORKLOAD": workload, "AUTOBATCH_GPU": placement.gpu, "AUTOBATCH_SPLIT": plan.split}
     said |= {key: text.format(type=name, count=placement.count) for key, text in SUBMISSION_FORMS[form].items()}
     lines = [f"export {key}={shlex.quote(value)}" for key, value in said.items()]
     return "\n".join([plan_as_environment(plan, basis=placement.basis, measurement=placement.measurement), *lines])

@@ -197,6 +197,23 @@ class MeasurementStore:
             ooms = connection.execute(failed).all()
         return [_measurement(row) for row in rows], [_oom(row) for row in ooms]
 
+    def marks(self, workload: str) -> dict[str, str]:
+        """What tells, for each card, whether what is known of a job on it changed: numbers and newest ids, read from the index.
+
+        Ids grow with time, so that nothing that comes or goes leaves all of it as it was.
+        """
+        found: dict[str, list[str]] = {}
+        with self._database.read() as connection:
+            for table in (measurement, oom_report):
+                rows = connection.execute(
+                    select(table.c.gpu, func.count(), func.max(table.c.id))
+                    .where(table.c.workload == workload)
+                    .group_by(table.c.gpu)
+                ).all()
+                for gpu, number, newest in rows:
+                    found.setdefault(gpu, []).append(f"{table.name} {number} {newest}")
+        return {gpu: ", ".join(parts) for gpu, parts in found.items()}
+
     def of_job(self, job: str) -> tuple[Sequence[Measurement], Sequence[OomReport]]:
         """What a cache knows of one job on any card, the newest first, and the errors that its measurements led to."""
         found = select(measurement).where(measurement.c.job == job).order_by(measurement.c.id.desc())

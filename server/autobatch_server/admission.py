@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from autobatch import Card, PlanError, find_card, load_catalogue, plan_variables
+from autobatch_server.admissions import Chosen
 from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import GpuProblem, canonical_gpu
 from autobatch_server.pods import MEMORY_LABEL, PRODUCT_LABEL, CardTerm, Pod, PodError, PodQuestion, patch_for
@@ -16,7 +17,6 @@ from autobatch_server.workloads import WorkloadProblem
 
 if TYPE_CHECKING:
     from autobatch import Plan, ProbeOptions
-    from autobatch.store import Measurement
     from autobatch_server.schemas import SplitName
     from autobatch_server.services import Services
 
@@ -40,15 +40,16 @@ class Decision:
     measurement: str | None = None
 
 
-async def decide(services: Services, form: dict[str, Any]) -> Decision:
+async def decide(services: Services, form: dict[str, Any], *, namespace: str = "") -> Decision:
     """Decide about a Pod.
 
     The first card that the job fits on, in the order of the Pod's own list or from the least memory up, gives the plan. Further
-    cards are allowed where that same plan is known to fit.
+    cards are allowed where that same plan is known to fit. All Pods of one owner that ask the same are told the same.
 
     Args:
         services: whose measurements answer.
         form: the Pod's object.
+        namespace: where it is made.
 
     Raises:
         StoreUnavailableError: the database is away.
@@ -56,7 +57,19 @@ async def decide(services: Services, form: dict[str, Any]) -> Decision:
     pod = Pod(form)
     try:
         question = pod.question()
-        return Decision() if question is None else await _answer(services, pod, question)
+        if question is None:
+            return Decision()
+        owner = pod.owner_uid
+        chosen = services.admissions.get((namespace, owner, question)) if owner else None
+        if chosen is None:
+            async with services.admissions.reading:
+                found = await _choose(services, pod, question)
+            if isinstance(found, Decision):
+                return found
+            chosen = found
+            if owner:
+                services.admissions.put((namespace, owner, question), chosen)
+        return _tell(pod, question, chosen)
     except PodError as error:
         return Decision(warnings=(str(error),))
     except (ProblemError, WorkloadProblem, GpuProblem) as error:
@@ -72,47 +85,73 @@ class _Known:
     answer: Answer
 
 
-async def _answer(services: Services, pod: Pod, question: PodQuestion) -> Decision:
+async def _choose(services: Services, pod: Pod, question: PodQuestion) -> Chosen | Decision:
+    """Choose a plan and cards, or decide that there is none."""
     job = str(services.catalogue.find(question.workload))
     options = make_options(
         target=question.target, world_size=question.world_size, split=cast("SplitName", question.split)
     )
-    cards = _candidates(pod, question)
+    cards = _candidates(pod, question, services.settings.cluster_gpus)
     if not cards:
         raise PodError(f"the Pod's own node selection allows none of the cards that could be chosen by {PRODUCT_LABEL}")
     number = await services.freshness.number()
-    known = []
+    series = await services.known_on_cards(number, job, [card.name for card in cards])
+    known: list[_Known] = []
     for card in cards:
-        series = await services.known_series(number, job, card.name)
         try:
-            answer = answer_question(series, workload=job, gpu=card.name, options=options, basis=question.basis)
+            answer = answer_question(
+                series[card.name], workload=job, gpu=card.name, options=options, basis=question.basis
+            )
         except PlanError as error:  # by what fits on this card; the target may be split by what fits on another
             impossible = refuse_plan(options, error)
             continue
-        known.append(_Known(card=card, series=series, answer=answer))
+        known.append(_Known(card=card, series=series[card.name], answer=answer))
     if not known:
         raise impossible
     for one in known:
         plan, measurement = one.answer.plan, one.answer.measurement
-        if plan is not None and measurement is not None:
-            others = [
-                other for other in known if other is not one and _holds_plan(other, plan, options, question.basis)
-            ]
-            return _fitting(pod, question, plan, measurement, [one.card, *(other.card for other in others)])
+        if plan is None or measurement is None:
+            continue
+        basis = measurement.report.basis
+        others = [other.card for other in known if other is not one and _holds_plan(other, plan, options, basis)]
+        return Chosen(plan=plan, cards=(one.card, *others), basis=basis, measurement=measurement.id)
     return _none(job, question, known)
 
 
-def _candidates(pod: Pod, question: PodQuestion) -> list[Card]:
+def _candidates(pod: Pod, question: PodQuestion, of_the_cluster: tuple[str, ...]) -> list[Card]:
     """The cards in the order in which they are tried: those listed, or all from the least memory up; no forbidden one."""
     if question.gpus:
+        for name in question.gpus:
+            if name.upper().endswith("-SHARED"):
+                raise PodError(f"{name[:64]} is a card that several Pods share, and a plan is for a whole one")
         found = [find_card(name) for name in dict.fromkeys(map(canonical_gpu, question.gpus))]
     else:
-        found = sorted(load_catalogue(), key=lambda card: card.nvml_total_bytes)
+        there = [card for card in load_catalogue() if not of_the_cluster or card.name in of_the_cluster]
+        found = sorted(there, key=lambda card: card.nvml_total_bytes)
     return [card for card in found if pod.allows(_labels(card))]
 
 
+# Names by compute capability, as NVIDIA's GPU feature discovery gives them (github.com/NVIDIA/k8s-device-plugin,
+# internal/lm/resource.go, getArchFamily): the least capability of each.
+_FAMILIES = {
+    (7, 0): "volta",
+    (7, 5): "turing",
+    (8, 0): "ampere",
+    (8, 9): "ada-lovelace",
+    (9, 0): "hopper",
+    (10, 0): "blackwell",
+}
+
+
 def _labels(card: Card) -> dict[str, str]:
-    return {PRODUCT_LABEL: card.kubernetes_product, MEMORY_LABEL: str(card.nvml_total_bytes // _MIB)}
+    major, minor = card.compute_capability
+    return {
+        PRODUCT_LABEL: card.kubernetes_product,
+        MEMORY_LABEL: str(card.nvml_total_bytes // _MIB),
+        "nvidia.com/gpu.family": _FAMILIES[max(least for least in _FAMILIES if least <= (major, minor))],
+        "nvidia.com/gpu.compute.major": str(major),
+        "nvidia.com/gpu.compute.minor": str(minor),
+    }
 
 
 def _none(job: str, question: PodQuestion, known: list[_Known]) -> Decision:
@@ -130,27 +169,26 @@ def _none(job: str, question: PodQuestion, known: list[_Known]) -> Decision:
     )
 
 
-def _fitting(pod: Pod, question: PodQuestion, plan: Plan, measurement: Measurement, cards: list[Card]) -> Decision:
+def _tell(pod: Pod, question: PodQuestion, chosen: Chosen) -> Decision:
     """The Pod is told the plan, and goes to one of the cards that it is known to fit on."""
-    basis = measurement.report.basis
+    plan = chosen.plan
     try:
-        values = plan_variables(plan, basis=basis, measurement=measurement.id)
+        variables = plan_variables(plan, basis=chosen.basis, measurement=chosen.measurement)
     except PlanError as error:
         raise PodError(str(error)) from None
-    variables = {name: value for name, value in values.items() if value is not None}
-    sizes, names = "+".join(map(str, plan.sizes)), ", ".join(card.name for card in cards)
+    sizes, names = "+".join(map(str, plan.sizes)), ", ".join(card.name for card in chosen.cards)
     patch, warnings = patch_for(
         pod,
         question,
         variables=variables,
-        terms=[_term(card) for card in cards] if question.sets_affinity else [],
-        answer=f"{sizes} x {plan.accumulation_steps} on {names} ({basis}, {measurement.id})",
+        terms=[_term(card) for card in chosen.cards] if question.sets_affinity else [],
+        answer=f"{sizes} x {plan.accumulation_steps} on {names} ({chosen.basis}, {chosen.measurement})",
     )
-    return Decision(patch=tuple(patch), warnings=tuple(warnings), verdict="fits", measurement=measurement.id)
+    return Decision(patch=tuple(patch), warnings=tuple(warnings), verdict="fits", measurement=chosen.measurement)
 
 
-def _holds_plan(one: _Known, plan: Plan, options: ProbeOptions, basis: str | None) -> bool:
-    """Whether what is known of another card proves that it takes the very same plan."""
+def _holds_plan(one: _Known, plan: Plan, options: ProbeOptions, basis: str) -> bool:
+    """Whether what is known of another card, on the same basis, proves that it takes the very same plan."""
     capped = dataclasses.replace(options, max_micro_batch=max(plan.sizes))
     try:
         answer = answer_question(one.series, workload="", gpu=one.card.name, options=capped, basis=basis)

@@ -29,7 +29,6 @@ MEMORY_LABEL = "nvidia.com/gpu.memory"
 """Labels of a node, by NVIDIA's GPU feature discovery (github.com/NVIDIA/k8s-device-plugin, docs/gpu-feature-discovery): the
 card's name, and its memory in MiB as NVML's total."""
 _GPU_RESOURCE = "nvidia.com/gpu"
-_OURS = "AUTOBATCH_"
 _KNOWN = ("workload", "target", "gpus", "world-size", "split", "basis", "containers", "affinity", "answer")
 _REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
 
@@ -86,6 +85,21 @@ class Pod:
         return {str(key).removeprefix(PREFIX): str(found[key]) for key in found if str(key).startswith(PREFIX)}
 
     @property
+    def owner_uid(self) -> str:
+        """The id of what made it, which is one for all Pods of a job; empty where a person did."""
+        owners = self._metadata.get("ownerReferences")
+        for owner in owners if isinstance(owners, list) else []:
+            if _mapping(owner).get("controller") is True:
+                return str(_mapping(owner).get("uid", ""))
+        return ""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it names its node, so that no other can be chosen."""
+        fields = [_mapping(one) for term in self.required_terms() for one in term.get("matchFields") or []]
+        return bool(self._spec.get("nodeName")) or any(one.get("key") == "metadata.name" for one in fields)
+
+    @property
     def containers(self) -> list[Mapping[str, Any]]:
         """Its containers, without those that run before them."""
         found = self._spec.get("containers")
@@ -111,6 +125,8 @@ class Pod:
         for name in ("workload", "target"):
             if not asked.get(name, "").strip():
                 raise PodError(f"annotation {PREFIX}{name} is missing: write {PREFIX}workload and {PREFIX}target")
+        if self.is_bound:
+            raise PodError("the Pod is bound to a node by its name, and which card is there is not known here")
         containers = self._told(_names(asked.get("containers", "")))
         gpus = sum(_gpus_of(one) for one in self.containers if one.get("name") in containers)
         return PodQuestion(
@@ -151,17 +167,17 @@ class Pod:
 
 
 def patch_for(
-    pod: Pod, question: PodQuestion, *, variables: Mapping[str, str], terms: Sequence[CardTerm], answer: str
+    pod: Pod, question: PodQuestion, *, variables: Mapping[str, str | None], terms: Sequence[CardTerm], answer: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Make the JSON Patch (RFC 6902) that tells a Pod its plan and sends it to the cards that it fits on.
 
-    A container that says one of the variables otherwise by itself keeps all of its own: a mixture would be no plan. A patch of
-    a patched Pod changes nothing.
+    Where a container says one of the variables otherwise by itself, nothing is changed: a mixture would be no plan, and the cards
+    are those of ours. A patch of a patched Pod changes nothing.
 
     Args:
         pod: the Pod.
         question: what it asked.
-        variables: the environment variables.
+        variables: the environment variables, None for those that the plan leaves unset.
         terms: the cards; empty leaves its affinity alone.
         answer: what is noted in the annotation.
 
@@ -169,16 +185,18 @@ def patch_for(
         The operations, and warnings.
     """
     patch: list[dict[str, Any]] = []
-    warnings = []
     for index, container in enumerate(pod.containers):
         if container.get("name") not in question.containers:
             continue
-        own = _variables_of(container)
-        other = sorted(name for name, value in own.items() if variables.get(name) != value)
+        own = {name: value for name, value in _variables_of(container).items() if name in variables}
+        other = sorted(name for name, value in own.items() if value is None or variables[name] != value)
         if other:
-            warnings.append(f"container {container.get('name')} sets {other[0]} itself and keeps its own variables")
-            continue
-        missing = [{"name": name, "value": value} for name, value in variables.items() if name not in own]
+            name = container.get("name")
+            return [], [
+                f"container {name} sets {other[0]} itself: the Pod goes on with its own plan, to a node of its own"
+            ]
+        told = {name: value for name, value in variables.items() if value is not None}
+        missing = [{"name": name, "value": value} for name, value in told.items() if name not in own]
         if not container.get("env") and missing:
             patch.append({"op": "add", "path": f"/spec/containers/{index}/env", "value": missing})
         else:
@@ -189,7 +207,7 @@ def patch_for(
     if pod.annotations.get("answer") != answer:
         path = f"/metadata/annotations/{ANSWER.replace('/', '~1')}"
         patch.append({"op": "add", "path": path, "value": answer})
-    return patch, warnings
+    return patch, []
 
 
 def _with_terms(pod: Pod, terms: Sequence[CardTerm]) -> dict[str, Any] | None:
@@ -251,15 +269,10 @@ def _gpus_of(container: Mapping[str, Any]) -> int:
 
 
 def _variables_of(container: Mapping[str, Any]) -> dict[str, str | None]:
-    """Variables of ours that a container sets; None for a value that comes from elsewhere."""
+    """The variables that a container sets; None for a value that comes from elsewhere, or is not there."""
     found = container.get("env")
     listed = [_mapping(one) for one in found] if isinstance(found, list) else []
-    # Those that a job is told by others: where its plan file lies, its token.
-    return {
-        str(one.get("name")): one.get("value")
-        for one in listed
-        if str(one.get("name")).startswith(_OURS) and one.get("name") not in {"AUTOBATCH_PLAN_FILE", "AUTOBATCH_TOKEN"}
-    }
+    return {str(one.get("name")): one.get("value") for one in listed}
 
 
 def _count(name: str, text: str) -> int:

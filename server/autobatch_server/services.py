@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from autobatch.store import MeasurementStore
 from autobatch_server.access import Authenticator
+from autobatch_server.admissions import Admissions
 from autobatch_server.answers import KnownSeries
 from autobatch_server.execution import ChildExecutor
 from autobatch_server.freshness import Freshness
@@ -23,7 +24,7 @@ from autobatch_server.tokens import TokenStore
 from autobatch_server.workloads import WorkloadCatalogue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from autobatch.store import Database
     from autobatch_server.access import Principal
@@ -67,24 +68,28 @@ class AnswerCache:
 
 
 class SeriesMemory:
-    """What is known of a job on a card, for as long as nothing in the database changed."""
+    """What is known of a job on a card, for as long as nothing of it changed."""
 
     def __init__(self) -> None:
-        self._number = -1
-        self._series: OrderedDict[tuple[str, str], KnownSeries] = OrderedDict()
+        self._series: OrderedDict[tuple[str, str], tuple[int, str, KnownSeries]] = OrderedDict()
 
     def get(self, number: int, workload: str, gpu: str) -> KnownSeries | None:
-        """What was read under this number; None where nothing was."""
-        if number != self._number:
-            self._series.clear()
-            self._number = number
-        return self._series.get((workload, gpu))
+        """What was read while the database had this number; None where nothing was."""
+        found = self._series.get((workload, gpu))
+        return found[2] if found is not None and found[0] == number else None
 
-    def put(self, number: int, workload: str, gpu: str, series: KnownSeries) -> None:
-        """Keep what was read after a number was."""
-        if number != self._number:
-            return
-        self._series[workload, gpu] = series
+    def renew(self, number: int, workload: str, gpu: str, mark: str) -> KnownSeries | None:
+        """What was read under this mark, which holds under this number too; None where something changed since."""
+        found = self._series.get((workload, gpu))
+        if found is None or found[1] != mark:
+            return None
+        self._series[workload, gpu] = (number, mark, found[2])
+        return found[2]
+
+    def put(self, number: int, workload: str, gpu: str, mark: str, series: KnownSeries) -> None:
+        """Keep what was read after number and mark were."""
+        self._series[workload, gpu] = (number, mark, series)
+        self._series.move_to_end((workload, gpu))
         if len(self._series) > _MOST_SERIES:
             self._series.popitem(last=False)
 
@@ -133,6 +138,7 @@ class Services:
     streams: Streams
     answers: AnswerCache
     series: SeriesMemory
+    admissions: Admissions
 
     @property
     def limits(self) -> Limits:
@@ -140,7 +146,7 @@ class Services:
         return Limits(queued=self.settings.queue_limit, per_token=self.settings.queue_limit_per_token)
 
     async def known_series(self, number: int, workload: str, gpu: str) -> KnownSeries:
-        """What is known of a job on a card: from memory, where nothing in the database changed since it was read.
+        """What is known of a job on a card: from memory, where nothing of it changed since it was read.
 
         Args:
             number: the database's number, read before.
@@ -150,11 +156,27 @@ class Services:
         Raises:
             StoreUnavailableError: the database is away.
         """
-        known = self.series.get(number, workload, gpu)
+        return (await self.known_on_cards(number, workload, [gpu]))[gpu]
+
+    async def known_on_cards(self, number: int, workload: str, gpus: Sequence[str]) -> dict[str, KnownSeries]:
+        """What is known of a job on several cards, in their order; as `known_series`, by one look at what changed."""
+        marks: dict[str, str] | None = None
+        found = {}
+        for gpu in gpus:
+            known = self.series.get(number, workload, gpu)
+            if known is None:
+                if marks is None:
+                    marks = await run_in_threadpool(self.measurements.marks, workload)
+                known = await self._known_under(number, workload, gpu, marks.get(gpu, ""))
+            found[gpu] = known
+        return found
+
+    async def _known_under(self, number: int, workload: str, gpu: str, mark: str) -> KnownSeries:
+        known = self.series.renew(number, workload, gpu, mark)
         if known is None:
-            measurements, ooms = await run_in_threadpool(self.measurements.series, workload, gpu)
+            measurements, ooms = await run_in_threadpool(self.measurements.series, workload, gpu) if mark else ((), ())
             known = KnownSeries(measurements=tuple(measurements), ooms=tuple(ooms))
-            self.series.put(number, workload, gpu, known)
+            self.series.put(number, workload, gpu, mark, known)
         return known
 
     @contextlib.contextmanager
@@ -207,4 +229,5 @@ def open_services(settings: Settings, database: Database) -> Iterator[Services]:
             streams=Streams(settings.streams_per_token, metrics),
             answers=AnswerCache(),
             series=SeriesMemory(),
+            admissions=Admissions(),
         )

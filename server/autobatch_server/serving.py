@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import signal
 import socket
@@ -97,7 +98,7 @@ def check(settings: Settings) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         raise UnavailableError(f"the service at {url} is not ready: status {error.code}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UnavailableError(
             f"the service at {url} is not up: {getattr(reason, 'strerror', None) or reason}"

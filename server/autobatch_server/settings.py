@@ -76,6 +76,10 @@ class Settings(BaseSettings):
     default_gpu: str = Field(
         "A100-SXM4-40GB", description="card that a probe emulates where none is asked for and none is here"
     )
+    cluster_gpus: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="cards that the Kubernetes cluster has, for the webhook; all where empty (in a variable: commas between)",
+    )
     queue_limit: int = Field(100, ge=1, le=100_000, description="probes that may wait")
     queue_limit_per_token: int = Field(50, ge=1, le=100_000, description="probes of one token that may wait or run")
     streams_per_token: int = Field(
@@ -120,10 +124,15 @@ class Settings(BaseSettings):
     def _check_card(cls, value: str) -> str:
         return find_card(value).name
 
-    @field_validator("allowed_hosts", "child_environment", mode="before")
+    @field_validator("allowed_hosts", "child_environment", "cluster_gpus", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cluster_gpus")
+    @classmethod
+    def _check_cards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(find_card(name).name for name in value)
 
     @field_validator("workloads")
     @classmethod

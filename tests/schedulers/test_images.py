@@ -112,7 +112,13 @@ class Container:
     def words(self, *command: str, **variables: str) -> list[str]:
         """The command line that runs something in it, as the image's own user."""
         flags = [word for key, value in variables.items() for word in ("--env", f"{key}={value}")]
-        data = ["--volume", f"{self.data}:/data"]
+        # Not at /data, which the images declare a volume: buildah gives each container one of its own there.
+        data = [
+            "--volume",
+            f"{self.data}:/shared",
+            "--env",
+            "AUTOBATCH_SERVER_DATABASE_URL=sqlite:////shared/server.sqlite3",
+        ]
         return self.builder.words("run", "--isolation", "chroot", *flags, *data, self.name, "--", *command)
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:

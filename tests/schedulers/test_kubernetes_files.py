@@ -93,14 +93,38 @@ def test_the_service_the_proxy_and_the_certificate_fit_together() -> None:
     assert service["spec"]["ports"][0]["targetPort"] in ports
     configuration = of_kind("service.yaml", "ConfigMap")["data"]["nginx.conf"]
     assert f"listen {ports['https']} ssl;" in configuration
-    certificate = of_kind("certificate.yaml", "Certificate")["spec"]
+    authority, certificate = [one["spec"] for one in documents("certificate.yaml") if one["kind"] == "Certificate"]
+    root, issuer = [one for one in documents("certificate.yaml") if one["kind"] == "Issuer"]
+    assert (authority["isCA"], authority["issuerRef"]["name"]) == (True, root["metadata"]["name"])
+    assert issuer["spec"]["ca"]["secretName"] == authority["secretName"]
+    assert certificate["issuerRef"]["name"] == issuer["metadata"]["name"]
     [tls] = [one["secret"]["secretName"] for one in spec["volumes"] if one["name"] == "tls"]
     assert certificate["secretName"] == tls
     meta = service["metadata"]
     assert certificate["dnsNames"] == [f"{meta['name']}.{meta['namespace']}.svc"]
     assert of_kind("webhook.yaml", "MutatingWebhookConfiguration")["metadata"]["annotations"] == {
-        "cert-manager.io/inject-ca-from": f"{meta['namespace']}/{certificate['issuerRef']['name']}"
+        "cert-manager.io/inject-ca-from": f"{meta['namespace']}/autobatch"
     }
+    # Everything lies in the namespace that is made first.
+    namespace = of_kind("namespace.yaml", "Namespace")["metadata"]["name"]
+    for name in ("certificate.yaml", "service.yaml"):
+        assert {one["metadata"]["namespace"] for one in documents(name)} == {namespace}
+        assert (
+            "kubectl apply -f namespace.yaml -f certificate.yaml -f service.yaml"
+            in (FOLDER / "service.yaml").read_text()
+        )
+
+
+def test_the_service_is_checked_where_it_runs() -> None:
+    """By the command that its image has, and the proxy takes up renewed certificates."""
+    [pod] = [one["spec"]["template"]["spec"] for one in documents("service.yaml") if one["kind"] == "Deployment"]
+    service, proxy = pod["containers"]
+    words = service["livenessProbe"]["exec"]["command"]
+    assert words[:3] == ["autobatch", "serve", "--check"]
+    assert (words[3:], service["args"][1:3]) == (["--host", "127.0.0.1"], ["--host", "127.0.0.1"])
+    [command] = proxy["args"]
+    assert command.count("/config/nginx.conf") == 2
+    assert "nginx -s reload" in command
 
 
 def test_images_are_of_this_version() -> None:

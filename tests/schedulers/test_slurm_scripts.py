@@ -91,11 +91,52 @@ def test_a_script_that_asks_for_nothing_is_submitted_as_it_is(programs: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     assert start("sbatch-autobatch", "--wrap", "true", programs=programs).stdout == "sbatch --wrap true\n"
+    assert start("sbatch-autobatch", "nowhere.sh", programs=programs).stdout == "sbatch nowhere.sh\n"
+    done = start("sbatch-autobatch", "--time", "5", programs=programs)
+    assert done.returncode == 2
+    assert "no script is named" in done.stderr
+
+
+def test_a_file_that_an_option_names_is_not_the_script(service: RunningService, programs: Path) -> None:
+    """However it is written."""
+    (programs.parent / "train").write_text("#!/bin/sh\n")
+    options = ("--job-name", "train", "-o", "train", "-Htrain", "--wait", "-v")
+    done = submit(programs, JOB, *options, AUTOBATCH_SERVICE=service.url)
+    assert "SBATCH_GRES=gpu:nvidia_l4:2" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("form", "line", "said"),
+    [
+        ("sbatch", "--gres=lscratch:100,gpu:7,nic", "SBATCH_GRES=lscratch:100,nic,gpu:nvidia_l4:2"),
+        ("sbatch", "-C 'ib' --gres gpu:h100:1", "SBATCH_GRES=gpu:nvidia_l4:2"),
+        ("sbatch:constraint", "--time=5 -C ib|opa", "SBATCH_CONSTRAINT=(ib|opa)&nvidia_l4"),
+        ("sbatch:constraint", '--constraint="ib"', "SBATCH_CONSTRAINT=(ib)&nvidia_l4"),
+    ],
+)
+def test_what_else_the_script_asks_for_is_kept(
+    service: RunningService, programs: Path, form: str, line: str, said: str
+) -> None:
+    """What sbatch reads takes the place of the whole line."""
+    text = JOB.replace("--gres=gpu:7", line)
+    for written in (text, text.replace("\n#", "\r\n#")):  # as an editor under Windows writes it
+        done = submit(programs, written, AUTOBATCH_SERVICE=service.url, AUTOBATCH_FORM=form)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout.splitlines()
+
+
+def test_the_split_goes_along(service: RunningService, programs: Path) -> None:
+    """Or the node would ask for another plan."""
+    done = submit(programs, JOB.replace("256", "100 --split balanced"), AUTOBATCH_SERVICE=service.url)
+    assert "AUTOBATCH_SPLIT=balanced" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
+        ("--help", 2, "--help has no place"),
+        ("gpt2 --target 8 --gpu L4 --", 2, "-- has no place"),
+        ("gpt2 --target 8 --gpu L4 --from=http://127.0.0.1:9", 2, "--from=http://127.0.0.1:9 has no place"),
         ("gpt2 --target 256 --gpu T4", 3, "fits none of 1 candidates"),
         ("gpt2 --target 256 --gpu H100", 69, "has no measurement that answers"),
         ("gpt2 --target 256 --gpu L4:3", 5, "cannot be split"),
@@ -112,7 +153,8 @@ def test_what_is_not_known_to_fit_is_not_submitted(
     assert done.returncode == status, done.stderr
     assert "sbatch" not in done.stdout
     assert said in done.stderr
-    assert ("was not submitted; sbatch alone submits it as it is" in done.stderr) == ("quote" not in said)
+    named = "quote" in said or "place" in said
+    assert ("was not submitted; sbatch alone submits it as it is" in done.stderr) != named
     assert not (programs.parent / "run").exists()
 
 
@@ -140,27 +182,31 @@ def test_a_task_is_told_the_plan_for_the_card_that_it_got(service: RunningServic
     """By nvidia-smi's name of its first card, over all the job's cards; what a plan before left is unset."""
     make_program(programs / "nvidia-smi", '[ "$3" = --id=2 ] && echo "NVIDIA A100-SXM4-40GB"')
     asked = {"AUTOBATCH_SERVICE": service.url, "CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "2"}
-    exported, unset, printed = prolog(programs, **asked, SLURM_JOB_NUM_NODES="2")
-    assert exported["AUTOBATCH_WORLD_SIZE"] == "4"
-    assert (exported["AUTOBATCH_MICRO_BATCH_SIZE"], exported["AUTOBATCH_ACCUMULATION_STEPS"]) == ("32", "2")
+    exported, unset, printed = prolog(programs, **asked)
+    assert exported["AUTOBATCH_WORLD_SIZE"] == "2"
+    assert (exported["AUTOBATCH_MICRO_BATCH_SIZE"], exported["AUTOBATCH_ACCUMULATION_STEPS"]) == ("32", "4")
     assert unset == ["AUTOBATCH_RANK_MICRO_BATCH_SIZES"]
     assert printed == ""
     exported, _, _ = prolog(programs, **asked, AUTOBATCH_RANKS="3", AUTOBATCH_SPLIT="balanced")
     assert exported["AUTOBATCH_RANK_MICRO_BATCH_SIZES"] == "29,29,28;29,28,28;29,28,28"  # as it is, without quotes
+    assert prolog(programs, **asked, SLURM_JOB_NUM_NODES="2", AUTOBATCH_ACCUMULATION_STEPS="4") == ({}, [], "")
+    exported, unset, printed = prolog(programs, **asked, SLURM_JOB_NUM_NODES="2")
+    assert (exported, unset) == ({}, [])
+    assert "a job on several nodes has the one of its submission" in printed
 
 
 def test_without_nvidias_tool_the_type_of_gres_names_the_card(service: RunningService, programs: Path) -> None:
-    """As scontrol shows it; else the card that the submission chose."""
+    """As scontrol shows it, where the submission chose none: a site may call its cards as it likes."""
     shown = "   Nodes=n CPU_IDs=0 Mem=0 GRES=gpu:nvidia_a100-sxm4-40gb:1(IDX:0)"
     make_program(programs / "scontrol", f"echo '{shown}'")
-    exported, _, _ = prolog(programs, AUTOBATCH_SERVICE=service.url, AUTOBATCH_GPU="L4")
+    exported, _, _ = prolog(programs, AUTOBATCH_SERVICE=service.url)
     assert exported["AUTOBATCH_MICRO_BATCH_SIZE"] == "32"
-    (programs / "scontrol").unlink()
     exported, _, _ = prolog(programs, AUTOBATCH_SERVICE=service.url, AUTOBATCH_GPU="L4")
     assert exported["AUTOBATCH_MICRO_BATCH_SIZE"] == "16"
+    (programs / "scontrol").unlink()
     exported, _, printed = prolog(programs, AUTOBATCH_SERVICE=service.url)
     assert exported == {}
-    assert "neither nvidia-smi nor scontrol names the card" in printed
+    assert "neither nvidia-smi nor the job names the card" in printed
 
 
 def test_a_task_starts_whatever_goes_wrong(service: RunningService, programs: Path) -> None:
@@ -169,11 +215,36 @@ def test_a_task_starts_whatever_goes_wrong(service: RunningService, programs: Pa
         ({"AUTOBATCH_SERVICE": "http://127.0.0.1:9"}, "cannot be used"),
         ({"AUTOBATCH_SERVICE": service.url, "AUTOBATCH_GPU": "T4"}, "no plan for 1 × T4: autobatch: "),
         ({"AUTOBATCH_SERVICE": service.url, "AUTOBATCH_COMMAND": "/nowhere"}, "no plan for 1 × L4"),
+        ({"AUTOBATCH_SERVICE": service.url, "AUTOBATCH_COMMAND": "true"}, ""),
+        ({"AUTOBATCH_SERVICE": service.url, "AUTOBATCH_WORKLOAD": "--help"}, "--help begins with a dash"),
+        ({"AUTOBATCH_SERVICE": service.url, "SLURM_GPUS_ON_NODE": "gpu:4"}, "gpu:4 is no number of ranks"),
     ):
         exported, unset, printed = prolog(programs, **{"AUTOBATCH_GPU": "L4", **variables})
         assert (exported, unset) == ({}, [])
         assert said in printed
     assert prolog(programs, AUTOBATCH_SERVICE="") == ({}, [], "")
+
+
+HOSTILE = """
+export AUTOBATCH_TARGET=8
+export LD_PRELOAD=/tmp/x.so
+export AUTOBATCH_A[$(touch run)]=1
+export AUTOBATCH_B=$(touch run)
+print owned
+unset PATH
+unset AUTOBATCH_C
+"""
+
+
+def test_nothing_but_a_plan_reaches_a_task_or_a_shell(programs: Path) -> None:
+    """Whatever the program prints; nothing of it is run."""
+    make_program(programs / "autobatch", f"cat <<'END'{HOSTILE}END")
+    exported, unset, printed = prolog(programs, AUTOBATCH_SERVICE="http://x", AUTOBATCH_GPU="L4")
+    assert (exported, unset, printed) == ({"AUTOBATCH_TARGET": "8"}, ["AUTOBATCH_C"], "")
+    done = submit(programs, JOB, AUTOBATCH_SERVICE="http://x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is no plan" in done.stderr
+    assert not (programs.parent / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import json
 import threading
+import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +38,16 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     settings = make_settings(tmp_path_factory.mktemp("service"))
     with running_service(settings, executor=FakeExecutor(succeeding)) as running:
         for gpu, largest in (("A100-SXM4-40GB", 37), ("L4", 17), ("T4", None)):
-            report = make_report(gpu=gpu, largest=largest)
-            new = NewMeasurement.of(report, workload="gpt2", gpu=gpu, source="reported")
-            running.services.measurements.add(new, token_id=None)
+            keep(running, gpu, largest)
         yield running
+
+
+def keep(service: RunningService, gpu: str, largest: int | None, **values: Any) -> None:
+    """Store what a probe of gpt2 on a card would have found."""
+    new = NewMeasurement.of(
+        make_report(gpu=gpu, largest=largest, **values), workload="gpt2", gpu=gpu, source="reported"
+    )
+    service.services.measurements.add(new, token_id=None)
 
 
 def review(
@@ -48,6 +56,7 @@ def review(
     *,
     spec: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     operation: str = "CREATE",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Send the review with some of its Pod changed; returns the answer and the Pod as it then is."""
@@ -55,6 +64,9 @@ def review(
     asked["request"]["operation"] = operation
     pod = asked["request"]["object"]
     pod["metadata"]["annotations"] |= {f"autobatch/{key}": value for key, value in (annotations or {}).items()}
+    # Of a job of its own, unless a test says so: Pods of one job are told the same.
+    pod["metadata"]["ownerReferences"][0]["uid"] = uuid.uuid4().hex
+    pod["metadata"] |= metadata or {}
     pod["spec"] |= spec or {}
     pod["spec"]["containers"][1] |= train or {}
     return send(service, asked)
@@ -146,13 +158,7 @@ def test_ranks_are_the_gpus_of_the_pod_unless_it_says_otherwise(stocked: Running
 
 def test_the_pods_own_selection_is_kept_and_narrowed(stocked: RunningService) -> None:
     """Each of its terms is met as before, with a card besides; what it forbids is not chosen."""
-    zones = [
-        {"matchExpressions": [{"key": "zone", "operator": "In", "values": [zone]}], **more}
-        for zone, more in (
-            ("a", {}),
-            ("b", {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n"]}]}),
-        )
-    ]
+    zones = [{"matchExpressions": [{"key": "zone", "operator": "In", "values": [zone]}]} for zone in ("a", "b")]
     preferred = [{"weight": 1, "preference": {"matchExpressions": [{"key": "ssd", "operator": "Exists"}]}}]
     affinity = {
         "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "host"}]},
@@ -166,12 +172,8 @@ def test_the_pods_own_selection_is_kept_and_narrowed(stocked: RunningService) ->
     assert new["podAntiAffinity"] == affinity["podAntiAffinity"]
     assert new["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] == preferred
     terms = new["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
-    shown = [
-        (term["matchExpressions"][0]["values"][0], term["matchExpressions"][1]["values"][0], "matchFields" in term)
-        for term in terms
-        if term
-    ]
-    assert shown == [("a", L4, False), ("a", A100, False), ("b", L4, True), ("b", A100, True)]
+    shown = [tuple(one["values"][0] for one in term["matchExpressions"][:2]) for term in terms if term]
+    assert shown == [("a", L4), ("a", A100), ("b", L4), ("b", A100)]
     assert terms[-1] == {}  # meets no node, and must not begin to
 
 
@@ -193,6 +195,8 @@ def test_the_pods_own_selection_is_kept_and_narrowed(stocked: RunningService) ->
                 {"key": "nvidia.com/gpu.product", "operator": "NotIn", "values": [L4, "Tesla-T4"]},
                 {"key": "nvidia.com/gpu.product", "operator": "In", "values": [A100, "NVIDIA-H200"]},
                 {"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["30000"]},
+                {"key": "nvidia.com/gpu.family", "operator": "In", "values": ["ampere", "hopper"]},
+                {"key": "nvidia.com/gpu.compute.minor", "operator": "Lt", "values": ["9"]},
             )
         ),
     ],
@@ -215,16 +219,95 @@ def test_a_pod_that_was_patched_is_left_as_it_is(stocked: RunningService) -> Non
     assert same == pod
 
 
-def test_what_a_container_says_itself_is_not_mixed_with_ours(stocked: RunningService) -> None:
-    """Half of one plan and half of another are none; variables that are no plan's are no hindrance."""
-    own = [{"name": "AUTOBATCH_MICRO_BATCH_SIZE", "value": "4"}]
-    response, pod = review(stocked, train={"env": own})
-    assert pod["spec"]["containers"][1]["env"] == own
-    assert "container train sets AUTOBATCH_MICRO_BATCH_SIZE itself" in response["warnings"][0]
-    other = [{"name": "AUTOBATCH_PLAN_FILE", "value": "/plan/plan.json"}, {"name": "HOME", "value": "/root"}]
-    _, pod = review(stocked, train={"env": other})
-    assert pod["spec"]["containers"][1]["env"][:2] == other
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"name": "AUTOBATCH_MICRO_BATCH_SIZE", "value": "4"},
+        {"name": "AUTOBATCH_TARGET", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        {"name": "AUTOBATCH_RANK_MICRO_BATCH_SIZES", "value": "4;4"},  # which our plan leaves unset
+        {"name": "AUTOBATCH_RANK_MICRO_BATCH_SIZES"},
+    ],
+)
+def test_a_container_with_a_plan_of_its_own_is_left_alone(stocked: RunningService, own: dict[str, Any]) -> None:
+    """Half of one plan and half of another are none, and the cards of ours say nothing of its own."""
+    response, pod = review(stocked, train={"env": [own]})
+    assert "patch" not in response
+    assert f"container train sets {own['name']} itself" in response["warnings"][0]
+    assert pod["spec"]["containers"][1]["env"] == [own]
+
+
+def test_variables_that_are_no_plans_are_no_hindrance(stocked: RunningService) -> None:
+    """Where its plan file, its cache and its service are."""
+    own = [{"name": f"AUTOBATCH_{name}", "value": "x"} for name in ("PLAN_FILE", "CACHE", "SERVICE", "TOKEN")]
+    _, pod = review(stocked, train={"env": own})
+    assert pod["spec"]["containers"][1]["env"][:4] == own
     assert environment(pod)["AUTOBATCH_MICRO_BATCH_SIZE"] == "16"
+
+
+def test_all_pods_of_a_job_are_told_the_same(stocked: RunningService) -> None:
+    """Whatever is measured in between: ranks that accumulate differently would wait for each other for ever."""
+    owned = {
+        "ownerReferences": [{"kind": "Job", "name": "j", "apiVersion": "batch/v1", "uid": "one", "controller": True}]
+    }
+    _, first = review(stocked, {"gpus": "A10"}, metadata=owned)
+    assert environment(first) == {}
+    asked = {"gpus": "H100", "target": "512"}
+    keep(stocked, "H100-SXM5-80GB", 200, target=512)
+    _, first = review(stocked, asked, metadata=owned)
+    keep(stocked, "H100-SXM5-80GB", 100, target=512)
+    _, second = review(stocked, asked, metadata=owned)
+    assert environment(first) == environment(second)
+    assert environment(first)["AUTOBATCH_MICRO_BATCH_SIZE"] == "128"
+    other = {"ownerReferences": [{**owned["ownerReferences"][0], "uid": "two"}]}
+    _, third = review(stocked, asked, metadata=other)
+    assert environment(third)["AUTOBATCH_MICRO_BATCH_SIZE"] == "64"
+    # Nobody's Pod has no others, and another question of the same job has its own answer.
+    assert (
+        environment(review(stocked, asked, metadata={"ownerReferences": []})[1])["AUTOBATCH_MICRO_BATCH_SIZE"] == "64"
+    )
+    assert environment(review(stocked, {**asked, "target": "64"}, metadata=owned)[1])["AUTOBATCH_TARGET"] == "64"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"nodeName": "node-7"},
+        {
+            "affinity": {
+                "nodeAffinity": {
+                    "requiredDuringSchedulingIgnoredDuringExecution": {
+                        "nodeSelectorTerms": [
+                            {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-7"]}]}
+                        ]
+                    }
+                }
+            }
+        },
+    ],
+)
+def test_a_pod_that_names_its_node_is_left_alone(stocked: RunningService, spec: dict[str, Any]) -> None:
+    """As those of a DaemonSet do: its card is not known here, and another affinity would keep it from its node."""
+    response, _ = review(stocked, spec=spec)
+    assert "patch" not in response
+    assert "bound to a node by its name" in response["warnings"][0]
+
+
+def test_cards_that_the_cluster_has_not_are_not_asked_for(tmp_path: Path) -> None:
+    """The operator lists those that there are, by any name."""
+    settings = make_settings(tmp_path, cluster_gpus="NVIDIA-A100-SXM4-40GB, t4")
+    with running_service(settings, executor=FakeExecutor(succeeding)) as running:
+        for gpu, largest in (("A100-SXM4-40GB", 37), ("L4", 17)):
+            keep(running, gpu, largest)
+        assert products(review(running)[1]) == [A100]
+
+
+def test_a_card_that_only_an_emulation_knows_is_no_company_of_a_measured_one(tmp_path: Path) -> None:
+    """What is told, basis and measurement, is true wherever the Pod goes."""
+    with running_service(make_settings(tmp_path), executor=FakeExecutor(succeeding)) as running:
+        keep(running, "L4", 17, basis="measured")
+        keep(running, "A100-SXM4-40GB", 37)
+        _, pod = review(running)
+        assert (products(pod), environment(pod)["AUTOBATCH_BASIS"]) == ([L4], "measured")
 
 
 def test_containers_and_affinity_can_be_chosen(stocked: RunningService) -> None:
@@ -254,13 +337,14 @@ def test_a_pod_that_asks_for_nothing_goes_by_in_silence(stocked: RunningService)
         ({"workload": "gtp2"}, "unknown-workload"),
         ({"gpus": "L5"}, "unknown-gpu"),
         ({"gpus": "A100"}, "several cards go by that name"),
+        ({"gpus": "NVIDIA-L4-SHARED"}, "a card that several Pods share"),
         ({"split": "both"}, "autobatch/split is 'both', wanted is even or balanced"),
         ({"tartget": "8"}, "autobatch/tartget is unknown"),
         ({"containers": "trian"}, "autobatch/containers names trian, there are log-shipper, train"),
         ({"world-size": "3"}, "target 255 or 258 can be"),
         ({"world-size": "512"}, "target 256 is below world_size 512"),
         ({"gpus": "T4"}, "gpt2 for target 256 over 1 rank does not fit on T4: it will run out of memory"),
-        ({"gpus": "H100"}, "nothing measured tells a card for gpt2"),
+        ({"gpus": "B200"}, "nothing measured tells a card for gpt2"),
         ({"basis": "measured"}, "nothing measured tells a card for gpt2"),
     ],
 )
@@ -288,9 +372,11 @@ def test_a_store_that_hangs_or_is_away_holds_no_pod_up(tmp_path: Path, monkeypat
     release = threading.Event()
     with running_service(make_settings(tmp_path), executor=FakeExecutor(succeeding)) as running:
 
-        def hang(*_: object) -> None:
+        def hang(*_: object) -> tuple[tuple[()], tuple[()]]:
             release.wait(60)
+            return (), ()
 
+        keep(running, "T4", None)
         monkeypatch.setattr(running.services.measurements, "series", hang)
         try:
             response, _ = review(running)
@@ -298,6 +384,12 @@ def test_a_store_that_hangs_or_is_away_holds_no_pod_up(tmp_path: Path, monkeypat
         finally:
             release.set()
         assert "no answer within 0.7 s" in response["warnings"][0]
+        # What it was reading goes on, and answers those that come after.
+        monkeypatch.undo()
+        keep(running, "L4", 17)
+        until = time.monotonic() + 20
+        while "patch" not in (response := review(running)[0]):
+            assert time.monotonic() < until, response
         for error, said in (
             (StoreUnavailableError("away"), "the measurements cannot be read now"),
             (RuntimeError("secret"), "the service failed over this Pod"),
@@ -306,6 +398,7 @@ def test_a_store_that_hangs_or_is_away_holds_no_pod_up(tmp_path: Path, monkeypat
             def fail(*_: object, error: Exception = error) -> None:
                 raise error
 
+            keep(running, "L4", 18)
             monkeypatch.setattr(running.services.measurements, "series", fail)
             response, _ = review(running)
             assert said in response["warnings"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import logging
@@ -36,6 +35,7 @@ class AdmissionRequest(_KubernetesForm):
     """What is about to be done in the cluster."""
 
     uid: str = Field(min_length=1, max_length=128, description="names this request; the answer repeats it")
+    namespace: str = Field("", max_length=253, description="where it is done")
     operation: str = Field("CREATE", max_length=64, description="only `CREATE` is answered with a patch")
     object: dict[str, Any] | None = Field(None, description="the Pod")
 
@@ -133,8 +133,8 @@ async def review_pod(
 async def _decide_in_time(services: Services, request: AdmissionRequest) -> Decision:
     """Decide, or admit the Pod as it is: a job that goes without a plan is better than one that cannot start."""
     try:
-        async with asyncio.timeout(_SECONDS):
-            return await decide(services, request.object or {})
+        deciding = decide(services, request.object or {}, namespace=request.namespace)
+        decision: Decision = await services.admissions.within(_SECONDS, deciding)
     except TimeoutError:
         return Decision(warnings=(f"no answer within {_SECONDS:g} s, the Pod goes on without a plan",))
     except StoreUnavailableError:
@@ -142,6 +142,7 @@ async def _decide_in_time(services: Services, request: AdmissionRequest) -> Deci
     except Exception:  # noqa: BLE001 - whatever is wrong here must not keep a Pod from starting
         _LOG.exception("a Pod could not be read")
         return Decision(warnings=("the service failed over this Pod, which goes on without a plan; its log says more",))
+    return decision
 
 
 def _response(uid: str, decision: Decision) -> AdmissionResponse:
