@@ -221,3 +221,37 @@ def test_what_is_not_run_here_is_there() -> None:
         for path in re.findall(r"-f (\S+)", command):
             assert (ROOT / path).exists()
     assert len(left_out) >= 7
+
+
+# What a user has before the lines that the README shows: from our example scripts, where they have it.
+BEFORE = {
+    "autobatch.integrations.transformers": "from hf_trainer import make_trainer\ntrainer = make_trainer(max_steps=2)\n",
+    "autobatch.integrations.lightning": (
+        "import functools, tempfile, lightning\nfrom lightning_fit import Data, Model\nmodel, data = Model(), Data()\n"
+        "Trainer = functools.partial(lightning.Trainer, max_steps=2, logger=False, enable_progress_bar=False,\n"
+        "                            enable_model_summary=False, default_root_dir=tempfile.gettempdir(),\n"
+        "                            enable_checkpointing=False)\n"
+    ),
+    "autobatch.integrations.accelerate": (
+        "import torch\nfrom accelerate import Accelerator\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "accelerator, data = Accelerator(), TensorDataset(torch.zeros(512, 64))\nnetwork = torch.nn.Linear(64, 64)\n"
+        "model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))\n"
+        "loss_of = lambda n: model(torch.zeros(n, 64, device=accelerator.device)).square().mean()\n"
+    ),
+}
+AFTER = {
+    "autobatch.integrations.transformers": "print(trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps)",
+    "autobatch.integrations.lightning": "print(tuner.report.plan.effective_batch_size)",
+    "autobatch.integrations.accelerate": "print(loader.total_batch_size * accelerator.gradient_accumulation_steps)",
+}
+
+
+@pytest.mark.parametrize("module", BEFORE)
+def test_the_lines_for_a_framework_run(module: str, workspace: Workspace) -> None:
+    """On an emulated L4; what they set makes the target."""
+    path = workspace.folder / f"{module.rpartition('.')[2]}_lines.py"
+    path.write_text("\n".join((BEFORE[module], python_block(f"from {module} "), AFTER[module])))
+    examples = ROOT / "tests/examples/integrations"
+    done = workspace.run(f"PYTHONPATH={examples}:$PYTHONPATH HF_HUB_OFFLINE=1 autobatch emulate L4 -- python {path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "256"

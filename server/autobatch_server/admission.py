@@ -10,7 +10,7 @@ from autobatch import Card, PlanError, find_card, load_catalogue, plan_variables
 from autobatch_server.admissions import Chosen
 from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import GpuProblem, canonical_gpu
-from autobatch_server.pods import MEMORY_LABEL, PRODUCT_LABEL, CardTerm, Pod, PodError, PodQuestion, patch_for
+from autobatch_server.pods import MEMORY_LABEL, PREFIX, PRODUCT_LABEL, CardTerm, Pod, PodError, PodQuestion, patch_for
 from autobatch_server.problems import ProblemError
 from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.workloads import WorkloadProblem
@@ -184,6 +184,9 @@ def _tell(pod: Pod, question: PodQuestion, chosen: Chosen) -> Decision:
         terms=[_term(card) for card in chosen.cards] if question.sets_affinity else [],
         answer=f"{sizes} x {plan.accumulation_steps} on {names} ({chosen.basis}, {chosen.measurement})",
     )
+    if pod.counts_itself_alone:
+        own = "GPU is" if question.world_size == 1 else f"{question.world_size} GPUs are"
+        warnings.append(f"this Pod is one of several, and its own {own} taken for all: write {PREFIX}world-size")
     return Decision(patch=tuple(patch), warnings=tuple(warnings), verdict="fits", measurement=chosen.measurement)
 
 

@@ -29,6 +29,13 @@ MEMORY_LABEL = "nvidia.com/gpu.memory"
 """Labels of a node, by NVIDIA's GPU feature discovery (github.com/NVIDIA/k8s-device-plugin, docs/gpu-feature-discovery): the
 card's name, and its memory in MiB as NVML's total."""
 _GPU_RESOURCE = "nvidia.com/gpu"
+# Labels by which controllers number the Pods of a job: Kubernetes' own Job, Kubeflow, JobSet, LeaderWorkerSet.
+_NUMBERED = (
+    "batch.kubernetes.io/job-completion-index",
+    "training.kubeflow.org/replica-index",
+    "jobset.sigs.k8s.io/job-index",
+    "leaderworkerset.sigs.k8s.io/worker-index",
+)
 _KNOWN = ("workload", "target", "gpus", "world-size", "split", "basis", "containers", "affinity", "answer")
 _REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
 
@@ -92,6 +99,12 @@ class Pod:
             if _mapping(owner).get("controller") is True:
                 return str(_mapping(owner).get("uid", ""))
         return ""
+
+    @property
+    def counts_itself_alone(self) -> bool:
+        """Whether it seems to be one of several, and says nothing of the ranks of all."""
+        labels = _mapping(self._metadata.get("labels"))
+        return "world-size" not in self.annotations and any(label in labels for label in _NUMBERED)
 
     @property
     def is_bound(self) -> bool:

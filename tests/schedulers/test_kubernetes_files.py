@@ -170,10 +170,6 @@ def test_a_training_probes_first_and_then_trains(libraries: Libraries, tmp_path:
     assert sizes is not None, trained.stdout
     assert int(sizes[1]) * int(sizes[2]) == 262144
     assert int(sizes[2]) > 1
-    # On another card than the one that was probed the plan is not taken up.
-    other = run_container(train, tmp_path, card="L4")
-    assert other.returncode != 0
-    assert "the plan was found on" in other.stderr
 
 
 def run_container(container: dict[str, Any], folder: Path, card: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -156,6 +156,14 @@ def test_ranks_are_the_gpus_of_the_pod_unless_it_says_otherwise(stocked: Running
     assert (environment(pod)["AUTOBATCH_WORLD_SIZE"], environment(pod)["AUTOBATCH_MICRO_BATCH_SIZE"]) == ("16", "16")
 
 
+def test_one_of_several_pods_that_counts_itself_alone_is_warned(stocked: RunningService) -> None:
+    """The batch would be the target times the Pods."""
+    labels = {"labels": {"batch.kubernetes.io/job-completion-index": "0"}}
+    response, _ = review(stocked, metadata=labels)
+    assert "its own GPU is taken for all: write autobatch/world-size" in response["warnings"][0]
+    assert "warnings" not in review(stocked, {"world-size": "2"}, metadata=labels)[0]
+
+
 def test_the_pods_own_selection_is_kept_and_narrowed(stocked: RunningService) -> None:
     """Each of its terms is met as before, with a card besides; what it forbids is not chosen."""
     zones = [{"matchExpressions": [{"key": "zone", "operator": "In", "values": [zone]}]} for zone in ("a", "b")]

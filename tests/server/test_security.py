@@ -880,7 +880,7 @@ def test_a_broken_store_is_told_by_an_id_alone(tmp_path: Path, log: io.StringIO)
             def series(self, workload: str, gpu: str) -> Any:
                 raise RuntimeError("secret of /srv/keys: SELECT * FROM token")
 
-            list_newest = series  # type: ignore[assignment]
+            marks = list_newest = series  # type: ignore[assignment]
 
         object.__setattr__(service.services, "measurements", Broken(service.services.database))
         for path in (f"/v1/plan?{httpx.QueryParams(QUESTION)}", "/v1/measurements"):
