@@ -90,6 +90,7 @@ def test_a_second_probe_takes_one_trial_and_a_changed_job_all_of_them(
         assert [entry.report.max_micro_batch_size for entry in cache.entries()] == [wider.max_micro_batch_size]
 
 
+@pytest.mark.slow
 def test_a_command_is_confirmed_by_its_first_trial() -> None:
     """Its device is known from then on: no trial more is needed."""
     command = [sys.executable, str(ROOT / "tests/examples/commands/plain_loop.py"), *SIZES, "--width", "64"]

@@ -434,7 +434,9 @@ def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         lambda: report_svg(report()),
     )
     for call in calls:
-        with pytest.raises(UnavailableError, match=re.escape("plots need matplotlib: pip install 'autobatch[plot]'")):
+        with pytest.raises(
+            UnavailableError, match=re.escape("plots need matplotlib: pip install '.[plot]' in autobatch's own folder")
+        ):
             call()
 
 

@@ -73,6 +73,7 @@ def ranked(job: str, gpus: list[str], **options: Any) -> PlacementTable:
     return autobatch.placements(job, target=16384, candidates=gpus, multiple_of=2048, headroom=0, **options)
 
 
+@pytest.mark.slow
 def test_the_plan_on_each_card_is_that_of_a_probe_on_it(jobs: str) -> None:
     """Cards beside others in one process answer as each does alone; counts of one card share its figures."""
     seen: list[CardRanked] = []

@@ -270,6 +270,9 @@ def _print(table: PlacementTable, form: str, types: Mapping[str, str]) -> None:
         return
     if best.plan is None:
         raise PlanError(f"{best.gpu}: {best.reason}")
+    if form in SUBMISSION_FORMS or form == PROLOG_FORM:
+        for note in best.plan.warnings:
+            say(f"note: {note}")
     if form in SUBMISSION_FORMS:
         name = types.get(best.gpu)
         write_text(placement_as_environment(best, best.plan, form, workload=table.workload, type_name=name))

@@ -35,6 +35,6 @@ def run(words: Sequence[str]) -> int:
         from autobatch_server import commands
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"the service needs {error.name}, which is not installed: pip install 'autobatch[server]'"
+            f"the service needs {error.name}, which is not installed: pip install '.[server]' in autobatch's own folder"
         ) from None
     return commands.main(words)

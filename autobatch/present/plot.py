@@ -126,7 +126,7 @@ def _require_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise UnavailableError("plots need matplotlib: pip install 'autobatch[plot]'")
+        raise UnavailableError("plots need matplotlib: pip install '.[plot]' in autobatch's own folder")
 
 
 def _replace(target: Path, content: bytes) -> None:

@@ -158,7 +158,7 @@ def try_beside_tenants(attempt: Callable[[], tuple[Trial, int]]) -> Trial:
 def _describe(size: int, verdict: Verdict, text: str) -> str:
     """Say what a failure means where it is not for want of memory."""
     if verdict.kind is FailureKind.NOT_VRAM:
-        way_out = f"; --max-micro-batch {size - 1} stays below it" if size > 1 else ""
+        way_out = f"; a --max-micro-batch below {size} keeps clear of it" if size > 1 else ""
         return f"micro-batch {size} hit a limit that is not GPU memory, {verdict.limit}: {text}{way_out}"
     lost = "; the CUDA context is lost, and this process cannot go on using the GPU" if verdict.context_lost else ""
     return f"the training job failed at micro-batch {size}, and not for want of memory: {text}{lost}"

@@ -207,7 +207,9 @@ def _import(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UsageError(f"{what} needs {module}, which is not installed: pip install 'autobatch[{module}]'") from None
+        raise UsageError(
+            f"{what} needs {module}, which is not installed: pip install '.[{module}]' in autobatch's own folder"
+        ) from None
 
 
 def _hf_config(transformers: Any, name: str) -> Any:

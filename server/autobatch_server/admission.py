@@ -10,7 +10,17 @@ from autobatch import Card, PlanError, find_card, load_catalogue, plan_variables
 from autobatch_server.admissions import Chosen
 from autobatch_server.answers import Answer, KnownSeries, answer_question
 from autobatch_server.gpus import GpuProblem, canonical_gpu
-from autobatch_server.pods import MEMORY_LABEL, PREFIX, PRODUCT_LABEL, CardTerm, Pod, PodError, PodQuestion, patch_for
+from autobatch_server.pods import (
+    MEMORY_LABEL,
+    PREFIX,
+    PRODUCT_LABEL,
+    CardTerm,
+    Pod,
+    PodError,
+    PodQuestion,
+    note_for,
+    patch_for,
+)
 from autobatch_server.problems import ProblemError
 from autobatch_server.questions import make_options, refuse_plan
 from autobatch_server.workloads import WorkloadProblem
@@ -71,9 +81,14 @@ async def decide(services: Services, form: dict[str, Any], *, namespace: str = "
                 services.admissions.put((namespace, owner, question), chosen)
         return _tell(pod, question, chosen)
     except PodError as error:
-        return Decision(warnings=(str(error),))
+        return _without_plan(pod, str(error))
     except (ProblemError, WorkloadProblem, GpuProblem) as error:
-        return Decision(warnings=(f"{error.detail} ({error.code})",))
+        return _without_plan(pod, f"{error.detail} ({error.code})")
+
+
+def _without_plan(pod: Pod, reason: str, verdict: str = "") -> Decision:
+    """The Pod goes on as it is; why is noted in it too, for a Job's Pods are made by a controller that heeds no warning."""
+    return Decision(patch=tuple(note_for(pod, f"none: {reason}")), warnings=(reason,), verdict=verdict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +130,7 @@ async def _choose(services: Services, pod: Pod, question: PodQuestion) -> Chosen
         basis = measurement.report.basis
         others = [other.card for other in known if other is not one and _holds_plan(other, plan, options, basis)]
         return Chosen(plan=plan, cards=(one.card, *others), basis=basis, measurement=measurement.id)
-    return _none(job, question, known)
+    return _none(pod, job, question, known)
 
 
 def _candidates(pod: Pod, question: PodQuestion, of_the_cluster: tuple[str, ...]) -> list[Card]:
@@ -154,19 +169,15 @@ def _labels(card: Card) -> dict[str, str]:
     }
 
 
-def _none(job: str, question: PodQuestion, known: list[_Known]) -> Decision:
+def _none(pod: Pod, job: str, question: PodQuestion, known: list[_Known]) -> Decision:
     """No card is known to fit: the Pod goes on as it is, and whoever made it hears why."""
     failing = [one for one in known if one.answer.verdict == "does_not_fit"]
     ranks = "1 rank" if question.world_size == 1 else f"{question.world_size} ranks"
     what = f"{job} for target {question.target} over {ranks}"
     if failing and len(failing) == len(known):
         names = ", ".join(one.card.name for one in failing)
-        return Decision(
-            verdict="does_not_fit", warnings=(f"{what} does not fit on {names}: it will run out of memory",)
-        )
-    return Decision(
-        verdict="unknown", warnings=(f"nothing measured tells a card for {what}: POST /v1/probes measures one",)
-    )
+        return _without_plan(pod, f"{what} does not fit on {names}: it will run out of memory", "does_not_fit")
+    return _without_plan(pod, f"no measurement says which card takes {what}: POST /v1/probes makes one", "unknown")
 
 
 def _tell(pod: Pod, question: PodQuestion, chosen: Chosen) -> Decision:
@@ -184,6 +195,9 @@ def _tell(pod: Pod, question: PodQuestion, chosen: Chosen) -> Decision:
         terms=[_term(card) for card in chosen.cards] if question.sets_affinity else [],
         answer=f"{sizes} x {plan.accumulation_steps} on {names} ({chosen.basis}, {chosen.measurement})",
     )
+    if warnings:
+        return _without_plan(pod, warnings[0], "fits")
+    warnings += plan.warnings
     if pod.counts_itself_alone:
         own = "GPU is" if question.world_size == 1 else f"{question.world_size} GPUs are"
         warnings.append(f"this Pod is one of several, and its own {own} taken for all: write {PREFIX}world-size")

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         return int(parsed.run(parsed))
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"the service needs {error.name}, which is not installed: pip install 'autobatch[server]'"
+            f"the service needs {error.name}, which is not installed: pip install '.[server]' in autobatch's own folder"
         ) from None
 
 
@@ -147,12 +147,14 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    from autobatch_server.serving import check, serve
-
     settings = _settings(parsed)
     if parsed.check:
+        from autobatch_server.checking import check
+
         sys.stdout.write(check(settings) + "\n")
         return 0
+    from autobatch_server.serving import serve
+
     return serve(settings)
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Pod",
     "PodError",
     "PodQuestion",
+    "note_for",
     "patch_for",
 ]
 
@@ -217,10 +218,14 @@ def patch_for(
     affinity = _with_terms(pod, terms)
     if affinity is not None:
         patch.append({"op": "add", "path": "/spec/affinity", "value": affinity})
-    if pod.annotations.get("answer") != answer:
-        path = f"/metadata/annotations/{ANSWER.replace('/', '~1')}"
-        patch.append({"op": "add", "path": path, "value": answer})
-    return patch, []
+    return [*patch, *note_for(pod, answer)], []
+
+
+def note_for(pod: Pod, answer: str) -> list[dict[str, Any]]:
+    """Make the JSON Patch that notes an answer in the annotation of a Pod that asked; empty where it stands there."""
+    if pod.annotations.get("answer") == answer:
+        return []
+    return [{"op": "add", "path": f"/metadata/annotations/{ANSWER.replace('/', '~1')}", "value": answer}]
 
 
 def _with_terms(pod: Pod, terms: Sequence[CardTerm]) -> dict[str, Any] | None:

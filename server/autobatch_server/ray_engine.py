@@ -68,7 +68,7 @@ class RayEngine:
             import ray
         except ImportError:
             raise UnavailableError(
-                "ray_address is set, and Ray is not installed: pip install 'autobatch[ray]'"
+                "ray_address is set, and Ray is not installed: pip install '.[ray]' in autobatch's own folder"
             ) from None
         try:
             self._knock()

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     real_gpus: bool = Field(True, description="whether this machine's own GPUs are probed")
     ray_address: str | None = Field(
         None,
-        description="a Ray cluster whose nodes run the probes instead of this machine: auto, or HOST:PORT (autobatch[ray])",
+        description="a Ray cluster whose nodes run the probes instead of this machine: auto, or HOST:PORT (extra `ray`)",
     )
     ray_emulate: bool = Field(False, description="whether Ray nodes emulate the card that they are said to have")
     default_gpu: str = Field(

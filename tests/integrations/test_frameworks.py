@@ -141,6 +141,37 @@ def test_accelerate_trains_as_tuned(num_ranks: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_trainer_trains_as_tuned_on_two_ranks() -> None:
+    """An L4 and a T4 with a plan for both: a share of 4,096 in four micro-batches on each."""
+    pytest.importorskip("transformers")
+    with open_machine(("L4", "T4")) as machine:
+        lines = run_two_ranks(machine, EXAMPLES / "hf_trainer.py", "8192").stdout.splitlines()
+    assert lines.count("1024 4 steps: 3") == 2
+
+
+LIGHTNING_ON_TWO_RANKS = """
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_fit import BatchSizeTuner, fit
+
+# Lightning sends objects between ranks, and the emulated card's collectives carry nothing.
+strategy = DDPStrategy(process_group_backend="cpu:gloo,cuda:nccl")
+trainer, model, data = fit(BatchSizeTuner(target=4096), devices=2, strategy=strategy)
+print(data.batch_size, trainer.accumulate_grad_batches, "steps:", trainer.global_step, "of", model.planned_steps)
+"""
+
+
+@pytest.mark.slow
+def test_lightning_trains_as_tuned_on_two_ranks(tmp_path: Path) -> None:
+    """Under DDP, which its own finder refuses; the schedule is as long as the training."""
+    pytest.importorskip("lightning")
+    script = tmp_path / "fit_on_two.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{LIGHTNING_ON_TWO_RANKS}")
+    with open_machine(("L4", "T4")) as machine:
+        lines = run_two_ranks(machine, script).stdout.splitlines()
+    assert lines.count("256 8 steps: 4 of 4") == 2
+
+
+@pytest.mark.slow
 def test_ray_train_takes_the_drivers_plan(tmp_path: Path) -> None:
     """The worker trains with it, on the card that the driver's child probed."""
     pytest.importorskip("ray.train", exc_type=ImportError)

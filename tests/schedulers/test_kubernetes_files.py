@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ruamel.yaml import YAML
 from autobatch import __version__
 from autobatch_server.pods import PREFIX, Pod
 from autobatch_server.routes.admission import router
+from autobatch_server.settings import Settings
 
 if TYPE_CHECKING:
     from conftest import Libraries
@@ -85,13 +87,20 @@ def test_the_service_the_proxy_and_the_certificate_fit_together() -> None:
     volumes = {one["name"] for one in spec["volumes"]}
     for container in containers:
         assert {one["name"] for one in container["volumeMounts"]} <= volumes
-        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        # Training jobs write where they like.
+        assert container["securityContext"].get("readOnlyRootFilesystem", False) == (container["name"] != "runner")
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
     proxy = next(one for one in containers if one["name"] == "proxy")
     ports = {one["name"]: one["containerPort"] for one in proxy["ports"]}
     assert service["spec"]["ports"][0]["targetPort"] in ports
-    configuration = of_kind("service.yaml", "ConfigMap")["data"]["nginx.conf"]
+    configuration, settings = [
+        next(one["data"][key] for one in documents("service.yaml") if key in one.get("data", {}))
+        for key in ("nginx.conf", "server.toml")
+    ]
+    uncommented = re.sub(r"^# (?=cluster_gpus|\[|factory)", "", settings, flags=re.MULTILINE)
+    assert set(tomllib.loads(uncommented)) == {"cluster_gpus", "workloads"}
+    assert set(tomllib.loads(uncommented)) <= set(Settings.model_fields)
     assert f"listen {ports['https']} ssl;" in configuration
     authority, certificate = [one["spec"] for one in documents("certificate.yaml") if one["kind"] == "Certificate"]
     root, issuer = [one for one in documents("certificate.yaml") if one["kind"] == "Issuer"]
@@ -118,7 +127,7 @@ def test_the_service_the_proxy_and_the_certificate_fit_together() -> None:
 def test_the_service_is_checked_where_it_runs() -> None:
     """By the command that its image has, and the proxy takes up renewed certificates."""
     [pod] = [one["spec"]["template"]["spec"] for one in documents("service.yaml") if one["kind"] == "Deployment"]
-    service, proxy = pod["containers"]
+    service, _, proxy = pod["containers"]
     words = service["livenessProbe"]["exec"]["command"]
     assert words[:3] == ["autobatch", "serve", "--check"]
     assert (words[3:], service["args"][1:3]) == (["--host", "127.0.0.1"], ["--host", "127.0.0.1"])

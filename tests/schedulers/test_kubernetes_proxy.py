@@ -44,7 +44,7 @@ def closed(tmp_path: Path) -> Iterator[RunningService]:
 def deployment() -> tuple[str, dict[str, Any]]:
     """The proxy's configuration, and the Deployment's Pod."""
     forms = list(YAML(typ="safe").load_all((ROOT / "docker/kubernetes/service.yaml").read_text()))
-    [configuration] = [one["data"]["nginx.conf"] for one in forms if one["kind"] == "ConfigMap"]
+    [configuration] = [one["data"]["nginx.conf"] for one in forms if "nginx.conf" in one.get("data", {})]
     [pod] = [one["spec"]["template"]["spec"] for one in forms if one["kind"] == "Deployment"]
     return configuration, pod
 

@@ -221,7 +221,10 @@ def test_without_its_packages_the_service_says_how_to_get_them(tmp_path: Path) -
     parts = ended.err.split("== ")[1:]
     for part in parts:
         name = part.partition("\n")[0]
-        assert f"the service needs {name}, which is not installed: pip install 'autobatch[server]'" in part
+        assert (
+            f"the service needs {name}, which is not installed: pip install '.[server]' in autobatch's own folder"
+            in part
+        )
     assert "Traceback" not in ended.err
 
 

@@ -335,7 +335,7 @@ def test_the_service_outlives_its_database(outage: str, tmp_path: Path, request:
         go_on = threading.Event()
         executor = FakeExecutor(lambda task: hanging(task) if not go_on.is_set() else succeeding(task))
         service = stack.enter_context(
-            running_service(make_settings(folder, database_url=url, lease=1.5, max_attempts=1), executor=executor)
+            running_service(make_settings(folder, database_url=url, lease=2.5, max_attempts=1), executor=executor)
         )
         client = service.client
         running = client.post("/v1/probes", json=QUESTION).json()["id"]
@@ -346,7 +346,7 @@ def test_the_service_outlives_its_database(outage: str, tmp_path: Path, request:
         time.sleep(1.1)  # a good answer about readiness holds for a second
         with ways[outage]():
             check_unavailable(service)
-            time.sleep(1.5)  # longer than the lease: it cannot be renewed
+            time.sleep(2.6)  # longer than the lease: it cannot be renewed
             assert client.get("/livez").text == "ok"
             assert not executor.started[0].ended.is_set(), "the running probe was ended for an outage of the database"
         go_on.set()

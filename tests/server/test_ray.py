@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("libraries"), pytest.mark.timeout(300)]
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'autobatch[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]' in autobatch's own folder")
 
 
 @pytest.fixture(scope="module")

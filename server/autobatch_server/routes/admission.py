@@ -86,7 +86,7 @@ _ANSWER_EXAMPLE: dict[str, Any] = {
         "uid": "705ab4f5-6393-11e8-b7cc-42010a800002",
         "allowed": True,
         "warnings": [
-            "autobatch: nothing measured tells a card for gpt2 for target 256 over 1 rank: POST /v1/probes measures one"
+            "autobatch: no measurement says which card takes gpt2 for target 256 over 1 rank: POST /v1/probes makes one"
         ],
         "auditAnnotations": {"verdict": "unknown"},
     },
