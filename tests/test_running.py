@@ -461,7 +461,7 @@ def test_an_error_that_says_nothing_is_named_by_its_type(recorder: Recorder) -> 
 def test_a_limit_other_than_gpu_memory_is_named(recorder: Recorder, error: Exception, limit: str) -> None:
     """The error says which limit, at what size, and which option keeps below it."""
     recorder.at[1] = raises(error)
-    with pytest.raises(WorkloadError, match=f"micro-batch 7 .* not GPU memory, {limit}: .*--max-micro-batch 6"):
+    with pytest.raises(WorkloadError, match=f"micro-batch 7 .* not GPU memory, {limit}: .*--max-micro-batch below 7"):
         runner(recorder)((7,))
 
 
