@@ -97,7 +97,7 @@ def make_base(builder: Builder) -> None:
     builder.run("add", "--quiet", container, str(tree), "/")
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     builder.run("config", "--cmd", "bash", "--env", f"PATH={path}", container)
-    builder.run("commit", "--quiet", "--rm", container, f"docker.io/library/{name}")
+    builder.run("commit", "--quiet", "--rm", container, f"localhost/{name}")
     shutil.rmtree(tree)
 
 
