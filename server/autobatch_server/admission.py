@@ -188,16 +188,17 @@ def _tell(pod: Pod, question: PodQuestion, chosen: Chosen) -> Decision:
     except PlanError as error:
         raise PodError(str(error)) from None
     sizes, names = "+".join(map(str, plan.sizes)), ", ".join(card.name for card in chosen.cards)
-    patch, warnings = patch_for(
-        pod,
-        question,
-        variables=variables,
-        terms=[_term(card) for card in chosen.cards] if question.sets_affinity else [],
-        answer=f"{sizes} x {plan.accumulation_steps} on {names} ({chosen.basis}, {chosen.measurement})",
-    )
-    if warnings:
-        return _without_plan(pod, warnings[0], "fits")
-    warnings += plan.warnings
+    try:
+        patch = patch_for(
+            pod,
+            question,
+            variables=variables,
+            terms=[_term(card) for card in chosen.cards] if question.sets_affinity else [],
+            answer=f"{sizes} x {plan.accumulation_steps} on {names} ({chosen.basis}, {chosen.measurement})",
+        )
+    except PodError as error:  # of the Pod's own plan: there was an answer
+        return _without_plan(pod, str(error), "fits")
+    warnings = list(plan.warnings)
     if pod.counts_itself_alone:
         own = "GPU is" if question.world_size == 1 else f"{question.world_size} GPUs are"
         warnings.append(f"this Pod is one of several, and its own {own} taken for all: write {PREFIX}world-size")

@@ -42,7 +42,7 @@ _REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
 
 
 class PodError(Exception):
-    """A Pod asks for something that has no meaning; the message says what, and the way out."""
+    """A Pod asks for something that has no meaning, or cannot be told a plan; the message says why, and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +182,10 @@ class Pod:
 
 def patch_for(
     pod: Pod, question: PodQuestion, *, variables: Mapping[str, str | None], terms: Sequence[CardTerm], answer: str
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> list[dict[str, Any]]:
     """Make the JSON Patch (RFC 6902) that tells a Pod its plan and sends it to the cards that it fits on.
 
-    Where a container says one of the variables otherwise by itself, nothing is changed: a mixture would be no plan, and the cards
-    are those of ours. A patch of a patched Pod changes nothing.
+    A patch of a patched Pod changes nothing.
 
     Args:
         pod: the Pod.
@@ -195,10 +194,12 @@ def patch_for(
         terms: the cards; empty leaves its affinity alone.
         answer: what is noted in the annotation.
 
-    Returns:
-        The operations, and warnings.
+    Raises:
+        PodError: a container says one of the variables otherwise by itself: a mixture would be no plan, and the cards are
+            those of ours.
     """
     patch: list[dict[str, Any]] = []
+    told = {name: value for name, value in variables.items() if value is not None}
     for index, container in enumerate(pod.containers):
         if container.get("name") not in question.containers:
             continue
@@ -206,10 +207,9 @@ def patch_for(
         other = sorted(name for name, value in own.items() if value is None or variables[name] != value)
         if other:
             name = container.get("name")
-            return [], [
+            raise PodError(
                 f"container {name} sets {other[0]} itself: the Pod goes on with its own plan, to a node of its own"
-            ]
-        told = {name: value for name, value in variables.items() if value is not None}
+            )
         missing = [{"name": name, "value": value} for name, value in told.items() if name not in own]
         if not container.get("env") and missing:
             patch.append({"op": "add", "path": f"/spec/containers/{index}/env", "value": missing})
@@ -218,7 +218,7 @@ def patch_for(
     affinity = _with_terms(pod, terms)
     if affinity is not None:
         patch.append({"op": "add", "path": "/spec/affinity", "value": affinity})
-    return [*patch, *note_for(pod, answer)], []
+    return [*patch, *note_for(pod, answer)]
 
 
 def note_for(pod: Pod, answer: str) -> list[dict[str, Any]]:

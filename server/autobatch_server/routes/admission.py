@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -113,9 +113,7 @@ class AdmissionReviewAnswer(BaseModel):
     },
     summary="A mutating admission webhook for Kubernetes",
 )
-async def review_pod(
-    review: Annotated[AdmissionReviewRequest, Field()], services: Served, principal: Reader
-) -> AdmissionReviewAnswer:
+async def review_pod(review: AdmissionReviewRequest, services: Served, principal: Reader) -> AdmissionReviewAnswer:
     """Fill the plan into a Pod's environment, and its node affinity with the cards that the plan fits on.
 
     A Pod asks by the annotations `autobatch/workload` and `autobatch/target`. Nothing is probed, and no Pod is ever refused:
