@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.cache.consultation import remember_out_of_memory
     from autobatch.child_probe import probe_command, probe_lengths, probe_workload
     from autobatch.errors import (
@@ -37,11 +38,19 @@ if TYPE_CHECKING:
     from autobatch.options import ProbeOptions
     from autobatch.placement import Candidate, Placement, PlacementTable, placement_key
     from autobatch.plan import Plan, make_plan
-    from autobatch.present.plot import check_plot_path, draw_placements, draw_report, report_svg
+    from autobatch.present.page import render_page, write_page
+    from autobatch.present.plot import (
+        check_plot_path,
+        draw_placements,
+        draw_report,
+        draw_throughput,
+        report_svg,
+        throughput_svg,
+    )
     from autobatch.probing import Noted, ProbeEvent, TrialEnded, TrialStarted
     from autobatch.ranking import placements
     from autobatch.rankplan import make_rank_plan
-    from autobatch.report import Report
+    from autobatch.report import Alternative, Report
     from autobatch.snapshot import Snapshot, state_hash
     from autobatch.training.accumulator import Accumulator, MemoryEvent, WindowResult
     from autobatch.training.equivalence import Cause, EquivalenceReport, check_equivalence
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accumulator",
+    "Alternative",
     "AutobatchError",
     "Bound",
     "BuiltinWorkload",
@@ -67,6 +77,7 @@ __all__ = [
     "Evidence",
     "LengthEntry",
     "LengthTable",
+    "MemoryBreakdown",
     "MemoryEvent",
     "NoGpuError",
     "Noted",
@@ -101,6 +112,7 @@ __all__ = [
     "check_plot_path",
     "draw_placements",
     "draw_report",
+    "draw_throughput",
     "find_card",
     "find_presence",
     "from_json_form",
@@ -116,9 +128,12 @@ __all__ = [
     "probe_lengths",
     "probe_workload",
     "remember_out_of_memory",
+    "render_page",
     "report_svg",
     "state_hash",
+    "throughput_svg",
     "to_json_form",
+    "write_page",
 ]
 
 # Where each public name lives: imported when it is first asked for, so that `autobatch --help` stays fast.
@@ -166,11 +181,15 @@ _HOMES = {
         "from_json_form",
         "to_json_form",
     ),
+    "breakdown": ("MemoryBreakdown",),
+    "present.page": ("render_page", "write_page"),
     "present.plot": (
         "check_plot_path",
         "draw_placements",
         "draw_report",
+        "draw_throughput",
         "report_svg",
+        "throughput_svg",
     ),
     "workload.described": (
         "BuiltinWorkload",
@@ -196,7 +215,7 @@ _HOMES = {
     "ranking": ("placements",),
     "rankplan": ("make_rank_plan",),
     "probing": ("Noted", "ProbeEvent", "TrialEnded", "TrialStarted"),
-    "report": ("Report",),
+    "report": ("Alternative", "Report"),
     "snapshot": ("Snapshot", "state_hash"),
     "trial": ("Outcome", "Trial"),
     "variables": ("plan_variables",),

@@ -14,6 +14,7 @@ from autobatch.probing import TrialSource
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.cache.consultation import Consultation
     from autobatch.cache.uses import CacheUse
     from autobatch.command.template import CommandTemplate
@@ -37,6 +38,7 @@ def probe_workload(
     environment: Mapping[str, str] | None = None,
     show_output: bool = False,
     cache: CacheUse = "off",
+    breakdown: bool = False,
     **options: Any,
 ) -> Report:
     """Find the largest micro-batch of a training job that trains, and plan for the target.
@@ -52,6 +54,7 @@ def probe_workload(
         show_output: whether what the job prints goes to standard error.
         cache: `"confirm"` answers from what earlier probes of this user measured, once a single trial has come out as it did
             then; `"trust"` without any trial, where nothing is seen to have changed; `"off"` neither reads nor keeps anything.
+        breakdown: whether the report says what the memory at the plan's size is made of: one trial more.
         options: further fields of `ProbeOptions`, by name.
 
     Returns:
@@ -70,7 +73,7 @@ def probe_workload(
         (16, 'emulated')
     """
     job = _Workload(name=workload, show_output=show_output)
-    asked = _Asked.of(environment, progress, cache)
+    asked = _Asked.of(environment, progress, cache, breakdown=breakdown)
     return job.probe(job.options(target=target, **options), asked)
 
 
@@ -83,6 +86,7 @@ def probe_command(
     environment: Mapping[str, str] | None = None,
     show_output: bool = False,
     cache: CacheUse = "off",
+    breakdown: bool = False,
     **options: Any,
 ) -> Report:
     """Find the largest micro-batch with which a training command trains, and plan for the target.
@@ -99,6 +103,7 @@ def probe_command(
         environment: the command's environment variables; this process's own where None.
         show_output: whether what the command prints goes to standard error.
         cache: what the cache is for, as for `probe_workload`.
+        breakdown: whether the report says what the memory at the plan's size is made of: one trial more.
         options: further fields of `ProbeOptions`, by name; `split="balanced"` is refused, since a command takes one size.
 
     Returns:
@@ -117,7 +122,7 @@ def probe_command(
         32
     """
     job = _Command.parse(command, edits, show_output=show_output)
-    asked = _Asked.of(environment, progress, cache)
+    asked = _Asked.of(environment, progress, cache, breakdown=breakdown)
     return job.probe(job.options(target=target, **options), asked)
 
 
@@ -443,6 +448,8 @@ class _Asked:
     """The child's variables."""
     progress: Callable[[ProbeEvent], None] | None
     cache: CacheUse
+    breakdown: bool = False
+    """Whether the report is to say what the memory is made of."""
 
     @classmethod
     def of(
@@ -450,11 +457,14 @@ class _Asked:
         environment: Mapping[str, str] | None,
         progress: Callable[[ProbeEvent], None] | None,
         cache: CacheUse,
+        *,
+        breakdown: bool = False,
     ) -> _Asked:
         from autobatch.cache.uses import check_cache_use
 
         check_cache_use(cache)
-        return cls(environment=dict(os.environ if environment is None else environment), progress=progress, cache=cache)
+        surroundings = dict(os.environ if environment is None else environment)
+        return cls(environment=surroundings, progress=progress, cache=cache, breakdown=breakdown)
 
 
 class _Trials(TrialSource, Protocol):
@@ -462,6 +472,9 @@ class _Trials(TrialSource, Protocol):
 
     def files(self) -> Sequence[str]:
         """The user's own files that the job imported."""
+
+    def itemize(self, window: Sequence[int]) -> MemoryBreakdown | None:
+        """Run a window once more and take its memory apart; None where it did not fit this time."""
 
 
 def _conduct(
@@ -484,6 +497,7 @@ def _conduct(
         first=first,
         known=known,
         confirm=consultation.confirms,
+        itemize=trials.itemize if asked.breakdown else None,
         progress=asked.progress,
     )
     consultation.keep(report, trials.facts, trials.files)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from autobatch.breakdown import MemoryBreakdown
 from autobatch.emulation import describe_emulation
 from autobatch.errors import AutobatchError, BusyError, WorkloadError
 from autobatch.facts import AnswerRemarks, DeviceFacts
@@ -141,6 +142,16 @@ class IsolatedTrials:
         self._send(window=list(window), confirmation=confirmation)
         answer = self._receive(f"micro-batch {max(window)}", self._options.trial_timeout)
         return from_json_form(Trial, answer["trial"], where="trial")
+
+    def itemize(self, window: Sequence[int]) -> MemoryBreakdown | None:
+        """Run one trial more in the child and take its memory apart; raises as `run_trial` does.
+
+        Returns:
+            What the memory is made of; None where the trial did not fit this time.
+        """
+        self._send(itemize=list(window))
+        answer = self._receive(f"micro-batch {max(window)}", self._options.trial_timeout)["breakdown"]
+        return None if answer is None else from_json_form(MemoryBreakdown, answer, where="breakdown")
 
     def remarks(self) -> AnswerRemarks:
         """What is to be said of an emulated answer; nothing of a measured one."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.cache.uses import CacheUse
     from autobatch.facts import DeviceFacts
     from autobatch.gpu.opening import OpenDevice
@@ -54,6 +55,7 @@ def probe(  # noqa: PLR0913 - what each caller may choose
     workload: str = "micro_step",
     cache: CacheUse = "off",
     rank_sizes: RankSizes = "same",
+    breakdown: bool = False,
     progress: Callable[[ProbeEvent], None] | None = None,
     **options: Any,
 ) -> Report:
@@ -85,6 +87,7 @@ def probe(  # noqa: PLR0913 - what each caller may choose
         rank_sizes: where several ranks probe, `"same"` gives all the size that the weakest device can take; `"own"`, with
             `split="balanced"`, searches for each rank's own and shares out the target in proportion: the report's
             `ranks` has each one's maximum, its plan each one's micro-batches, as many on every rank.
+        breakdown: whether the report says what the memory at the plan's size is made of: one trial more. Not for several ranks.
         progress: called with each event of the probe.
         **options: the device is the one of the optimizer's parameters where `device` does not name one; `trial_timeout`
             concerns trials in a process of their own; here it is how long ranks wait for each other. `world_size` is the
@@ -118,6 +121,8 @@ def probe(  # noqa: PLR0913 - what each caller may choose
     job = TrainingJob(micro_step=micro_step, optimizer=optimizer, scaler=scaler, end_window=end_window)
     options.setdefault("device", _device_of(job))
     if num_ranks() > 1:
+        if breakdown:
+            raise UsageError("breakdown=True is not there for several ranks: leave it out, or probe one of them alone")
         asked_of_ranks = _RankQuestion(target=target, options=options, cache=cache, rank_sizes=rank_sizes)
         return _with_plan(_probe_over_ranks(asked_of_ranks, job, restore=restore, workload=workload, progress=progress))
     _check_rank_sizes(rank_sizes, num_ranks=1)
@@ -133,6 +138,7 @@ def probe(  # noqa: PLR0913 - what each caller may choose
             workload=workload,
             known=known,
             confirm=consultation.confirms,
+            breakdown=breakdown,
             progress=progress,
         )
         consultation.keep(report, device.facts, loaded_files)
@@ -269,7 +275,7 @@ def _open_link(options: dict[str, Any]) -> RankLink:
     return RankLink(float(limit) if is_time else None)  # what is no time is refused with the other options
 
 
-def probe_on(
+def probe_on(  # noqa: PLR0913 - what `probe` and the integrations choose
     device: OpenDevice,
     job: TrainingJob,
     options: ProbeOptions,
@@ -278,6 +284,7 @@ def probe_on(
     workload: str,
     known: KnownTrials | None = None,
     confirm: bool = True,
+    breakdown: bool = False,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does."""
@@ -289,6 +296,7 @@ def probe_on(
             workload=workload,
             known=known,
             confirm=confirm,
+            itemize=trials.itemize if breakdown else None,
             progress=progress,
         )
 
@@ -381,6 +389,10 @@ class _OwnTrials:
     def run_trial(self, window: Sequence[int], *, confirmation: bool) -> Trial:
         self.prepare(min(window))
         return self._runner(window, confirmation=confirmation)
+
+    def itemize(self, window: Sequence[int]) -> MemoryBreakdown | None:
+        """Run a window once more and take its memory apart; None where it did not fit this time."""
+        return self._runner.itemize(window)
 
     def remarks(self) -> AnswerRemarks:
         if self.facts.basis == "measured":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch._version import __version__
-from autobatch.errors import BusyError, NothingFitsError, PlanError, UsageError, WorkloadError
+from autobatch.errors import AutobatchError, BusyError, NothingFitsError, PlanError, UsageError, WorkloadError
 from autobatch.facts import AnswerRemarks, DeviceFacts
 from autobatch.known import is_repeated_by, trial_to_repeat
 from autobatch.report import Cached, Memory, Report, Versions, describe_age, fingerprint, utc_timestamp
@@ -21,6 +21,7 @@ from autobatch.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.known import KnownTrials
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
@@ -85,6 +86,7 @@ def conduct_probe(
     first: int | None = None,
     known: KnownTrials | None = None,
     confirm: bool = True,
+    itemize: Callable[[tuple[int, ...]], MemoryBreakdown | None] | None = None,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Find the maximum, plan for the target, and confirm the plan's sizes.
@@ -99,6 +101,7 @@ def conduct_probe(
         first: the size to begin with, where something is known of a job much like this one.
         known: trials of earlier probes of this job that hold for this question.
         confirm: whether one of them is run again, or all are trusted.
+        itemize: runs a window once more and takes its memory apart, where the report is to have that.
         progress: called with each event as it comes.
 
     Returns:
@@ -118,6 +121,8 @@ def conduct_probe(
     if known is not None:
         probe.recall(known, confirm=confirm)
     plan = probe.find_plan()
+    if itemize is not None and plan is not None:
+        probe.itemize(plan, itemize)
     return probe.report(plan, workload)
 
 
@@ -138,6 +143,8 @@ class _Probe:
         self._ran: list[Trial] = []
         self._known: KnownTrials | None = None
         self._confirmed = False
+        self._breakdown: MemoryBreakdown | None = None
+        self._unitemized = ""
         self._space = SearchSpace(
             candidates=options.candidates(),
             budget_bytes=source.facts.memory.budget_bytes,
@@ -256,6 +263,20 @@ class _Probe:
         self._progress(TrialEnded(trial=trial, bracket=find_bracket(self._trials), seconds=time.monotonic() - started))
         return trial
 
+    def itemize(self, plan: Plan, itemize: Callable[[tuple[int, ...]], MemoryBreakdown | None]) -> None:
+        """Take the memory of the plan's largest window apart; an answer that stands is not lost where that fails."""
+        window = max(plan.confirmation_windows, key=max)
+        self._progress(Noted(text=f"one trial more at {max(window)}, to see what the memory is made of"))
+        try:
+            self._breakdown = itemize(window)
+        except AutobatchError as error:
+            self._unitemized = f"what the memory is made of is not known: {error}"
+        else:
+            if self._breakdown is None:
+                self._unitemized = (
+                    "what the memory is made of is not known: its trial ran out of memory, or made no step"
+                )
+
     def report(self, plan: Plan | None, workload: str) -> Report:
         """Put together what was found."""
         facts, remarks = self._source.facts, self._source.remarks()
@@ -279,7 +300,7 @@ class _Probe:
         warnings.append(_describe_leak(self._ran))
         warnings.extend(remarks.warnings)
         unaccumulated = remarks.unaccumulated if plan is not None and plan.accumulation_steps > 1 else ""
-        warnings.append(unaccumulated)
+        warnings += [unaccumulated, self._unitemized]
         if remarks.data_dependent:
             warnings.append(
                 f"shapes are read from the device by {', '.join(remarks.data_dependent)}: an emulated card holds no values, "
@@ -310,6 +331,7 @@ class _Probe:
             expected_error=remarks.expected_error,
             warnings=tuple(filter(None, warnings)),
             cached=self._cached(),
+            breakdown=self._breakdown,
         )
 
     def _cached(self) -> Cached | None:

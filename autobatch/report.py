@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+# Imported at run time, not for type checking alone: the JSON form, and the service's own schemas, resolve the
+# annotations below.
+from autobatch.breakdown import MemoryBreakdown
 from autobatch.errors import UsageError
 from autobatch.jsonform import JsonValue, from_json_form, to_json_form
-
-# Imported at run time, not for type checking alone: the JSON form, and the service's own schemas,
-# resolve the annotations below.
 from autobatch.options import Objective, ProbeOptions
 from autobatch.plan import Plan
 from autobatch.trial import Outcome, Trial
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Alternative",
     "Basis",
     "Cached",
     "Device",
@@ -126,6 +127,30 @@ class RankResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """What a probe found with one thing changed."""
+
+    change: str
+    """What was changed, as it was asked for: `expandable_segments`, `headroom=0`, `checkpointing=true`."""
+    plan: Plan | None
+    """The plan for the target; None where nothing fits, or the probe could not be brought to its end."""
+    max_micro_batch_size: int | None
+    """The largest size in samples that fitted; None likewise."""
+    smallest_failing: int | None
+    """The smallest size in samples that was tried and did not fit; None where none failed."""
+    certified: bool
+    """As of a report."""
+    problem: str = ""
+    """Why there is no answer, in one line; empty where there is one, also where that is that nothing fits."""
+
+    def __post_init__(self) -> None:
+        if not self.change:
+            raise ValueError("change is empty: it says what was changed")
+        if self.problem and (self.plan is not None or self.max_micro_batch_size is not None):
+            raise ValueError(f"problem {self.problem!r}, but a plan or max_micro_batch_size is there")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a probe found.
 
@@ -178,6 +203,10 @@ class Report:
     ranks: tuple[RankResult, ...] | None = field(default=None, metadata={"omit_none": True})
     """Each rank of a probe that several ran together; the report's own device, memory, trials and maximum are those of the
     rank that bounds all, its plan may go beyond where ranks have sizes of their own. None where one process probed."""
+    breakdown: MemoryBreakdown | None = field(default=None, metadata={"omit_none": True})
+    """What the memory at the plan's size is made of; None where that was not asked for, or could not be found."""
+    alternatives: tuple[Alternative, ...] | None = field(default=None, metadata={"omit_none": True})
+    """What was found with one thing changed at a time; None where nothing of the kind was asked for."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

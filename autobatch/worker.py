@@ -146,6 +146,10 @@ def _serve_trials(
         if "inspect" in request:
             _answer(answers, inspection=to_json_form(inspect_job(make_job, device.memory, request["inspect"])))
             continue
+        if "itemize" in request:
+            breakdown = runner.itemize(request["itemize"])
+            _answer(answers, breakdown=None if breakdown is None else to_json_form(breakdown))
+            continue
         if "files" in request:
             _answer(answers, files=loaded_files())
             continue

@@ -21,6 +21,7 @@ HEAVY = {"torch", "pynvml", "rich", "numpy", "sqlalchemy", "alembic"}
 
 PUBLIC = [
     "Accumulator",
+    "Alternative",
     "AutobatchError",
     "Bound",
     "BuiltinWorkload",
@@ -34,6 +35,7 @@ PUBLIC = [
     "Evidence",
     "LengthEntry",
     "LengthTable",
+    "MemoryBreakdown",
     "MemoryEvent",
     "NoGpuError",
     "Noted",
@@ -68,6 +70,7 @@ PUBLIC = [
     "check_plot_path",
     "draw_placements",
     "draw_report",
+    "draw_throughput",
     "find_card",
     "find_presence",
     "from_json_form",
@@ -83,9 +86,12 @@ PUBLIC = [
     "probe_lengths",
     "probe_workload",
     "remember_out_of_memory",
+    "render_page",
     "report_svg",
     "state_hash",
+    "throughput_svg",
     "to_json_form",
+    "write_page",
 ]
 
 # Floors from the ground up; a module may import its own floor and those below. Where two names fit, the longer counts.
@@ -95,6 +101,7 @@ FLOORS: list[tuple[str, ...]] = [
         "errors",
         "units",
         "trial",
+        "breakdown",
         "jsonform",
         "plan",
         "rankplan",
@@ -124,6 +131,7 @@ FLOORS: list[tuple[str, ...]] = [
         "ranks",
         "command",
         "child_probe",
+        "alternatives",
         "ranking",
         "handover",
         "doctor",
@@ -244,7 +252,8 @@ def test_every_option_is_a_flag_of_probe() -> None:
     probe = next(action.choices for action in _build_parser()._actions if isinstance(action.choices, dict))["probe"]
     flags = {flag for flag in probe.flags() if flag.startswith("--")}
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ProbeOptions)}
-    of_faces = {"--plan-file", "--plot", "--report-to", "--report-as", "--set", "--sizes", "--cache", "--no-cache"}
+    of_faces = {"--plan-file", "--plot", "--plot-throughput", "--chart", "--report", "--breakdown", "--what-if"}
+    of_faces |= {"--report-to", "--report-as", "--set", "--sizes", "--cache", "--no-cache"}
     assert flags - {"--help", "--format", "--verbose"} - of_faces == fields
 
 

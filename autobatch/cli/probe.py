@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from autobatch.lengths import parse_lengths
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autobatch.alternatives import Change
     from autobatch.cache.uses import CacheUse
     from autobatch.cli.settings import Settings
     from autobatch.lengths import LengthTable
     from autobatch.options import ProbeOptions
     from autobatch.plan import Plan
-    from autobatch.report import Report
+    from autobatch.report import Alternative, Report
     from autobatch.reporting import ReportingService
 
 __all__ = ["DEFAULT_CARD", "DEFAULT_WORKLOAD", "Subject", "add_command_flags", "add_commands", "choose_card"]
@@ -58,6 +62,30 @@ def add_commands(commands: Any) -> None:
     add_command_flags(parser)
     parser.add_argument(
         "--plot", metavar="FILE", help="draw size against memory into a .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--plot-throughput",
+        metavar="FILE",
+        help="draw samples per second against size, with the noise (needs matplotlib; with --objective throughput)",
+    )
+    parser.add_argument("--chart", action="store_true", help="draw size against memory into the terminal too")
+    parser.add_argument(
+        "--report",
+        metavar="FILE.html",
+        help="write all of it as one page: plan, curve, what the memory is made of, ways to a larger size (needs matplotlib)",
+    )
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="run one trial more and show what the memory at the plan's size is made of",
+    )
+    parser.add_argument(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="CHANGE",
+        help="probe again with one thing changed: expandable_segments, an option (headroom=0), a parameter of the workload "
+        "(checkpointing=true); may be given several times",
     )
     parser.add_argument(
         "--plan-file",
@@ -124,14 +152,32 @@ def run(parsed: argparse.Namespace) -> int:
     options = choose_card(asked, may_emulate=takes_default and subject.command is None)
     _check_card(options)
     outlets = _Outlets.open(parsed, subject)
+    changes = subject.changes(parsed.what_if, options)
     if subject.lengths:
         return _probe_lengths(subject, options, form, verbose=parsed.verbose)
-    report = subject.probe(options, verbose=parsed.verbose)
+    breakdown = parsed.breakdown or outlets.page is not None
+    report = subject.probe(options, verbose=parsed.verbose, breakdown=breakdown)
+    if changes:
+        alternatives = subject.alternatives(changes, options, verbose=parsed.verbose)
+        report = dataclasses.replace(report, alternatives=alternatives)
     _print(report, form)
+    if parsed.chart:
+        _show_chart(report, form)
     outlets.pass_on(report)
     if report.plan is None:
         raise nothing_fits(report)
     return 0
+
+
+def _show_chart(report: Report, form: str) -> None:
+    """Draw the chart where people read: below the table, or beside what a program reads."""
+    from autobatch.present.chart import chart_view
+
+    if form == "table":
+        write_text("")
+        write_view(chart_view(report))
+    else:
+        error_console().print(chart_view(report))
 
 
 def _probe_lengths(subject: Subject, options: ProbeOptions, form: str, *, verbose: bool) -> int:
@@ -195,9 +241,12 @@ class Subject:
         """Refuse what cannot be probed, or not with these options."""
         from autobatch.child_probe import check_job
 
-        check_job(
-            self.workload if self.command is None else self.command, options, edits=self.edits, lengths=self.lengths
-        )
+        check_job(self.job, options, edits=self.edits, lengths=self.lengths)
+
+    @property
+    def job(self) -> str | tuple[str, ...]:
+        """The workload's name, or the command."""
+        return self.workload if self.command is None else self.command
 
     @property
     def starting(self) -> str:
@@ -211,13 +260,18 @@ class Subject:
         asked = {
             "--format " + form: form not in {"table", "json"},
             "--plot": parsed.plot,
+            "--plot-throughput": parsed.plot_throughput,
+            "--chart": parsed.chart,
+            "--report": parsed.report,
+            "--breakdown": parsed.breakdown,
+            "--what-if": parsed.what_if,
             "--plan-file": parsed.plan_file,
             "--report-to": parsed.report_to,
         }
         if self.lengths and (wrong := next((name for name, given in asked.items() if given), None)):
             raise UsageError(f"{wrong} takes one report, and --sizes gives one for each length: take --format json")
 
-    def probe(self, options: ProbeOptions, *, verbose: bool) -> Report:
+    def probe(self, options: ProbeOptions, *, verbose: bool, breakdown: bool = False) -> Report:
         """Run the probe, with its progress on standard error."""
         from autobatch.child_probe import probe_command, probe_workload
         from autobatch.present.progress import ProgressLines
@@ -225,7 +279,12 @@ class Subject:
         with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
             if self.command is None:
                 return probe_workload(
-                    self.workload, progress=progress, show_output=verbose, cache=self.cache, **vars(options)
+                    self.workload,
+                    progress=progress,
+                    show_output=verbose,
+                    cache=self.cache,
+                    breakdown=breakdown,
+                    **vars(options),
                 )
             return probe_command(
                 self.command,
@@ -233,7 +292,37 @@ class Subject:
                 progress=progress,
                 show_output=verbose,
                 cache=self.cache,
+                breakdown=breakdown,
                 **vars(options),
+            )
+
+    def changes(self, texts: Sequence[str], options: ProbeOptions) -> Sequence[Change]:
+        """Read what is to be changed, and refuse what cannot be probed."""
+        if not texts:
+            return ()
+        from autobatch.alternatives import check_changes, parse_change
+
+        changes = [parse_change(text) for text in texts]
+        check_changes(self.job, changes, options, edits=self.edits)
+        return changes
+
+    def alternatives(
+        self, changes: Sequence[Change], options: ProbeOptions, *, verbose: bool
+    ) -> tuple[Alternative, ...]:
+        """Probe once for each change, with the progress of each on standard error."""
+        from autobatch.alternatives import try_alternatives
+        from autobatch.present.progress import ProgressLines
+
+        with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
+            return try_alternatives(
+                self.job,
+                changes,
+                options,
+                edits=self.edits,
+                started=lambda change: say(f"what if {change.text}"),
+                progress=progress,
+                show_output=verbose,
+                cache=self.cache,
             )
 
     def probe_lengths(self, options: ProbeOptions, *, verbose: bool) -> LengthTable:
@@ -243,7 +332,7 @@ class Subject:
 
         with ProgressLines(error_console(), live=not verbose, starting=self.starting) as progress:
             return probe_lengths(
-                self.workload if self.command is None else self.command,
+                self.job,
                 self.lengths,
                 edits=self.edits,
                 progress=progress,
@@ -259,6 +348,8 @@ class _Outlets:
     """Where a report goes besides standard output."""
 
     plot: Path | None
+    throughput: Path | None
+    page: Path | None
     plan_file: Path | None
     service: ReportingService | None
     reported_as: str
@@ -266,14 +357,17 @@ class _Outlets:
     @classmethod
     def open(cls, parsed: argparse.Namespace, subject: Subject) -> _Outlets:
         """See, before a probe of minutes, that each can be written to."""
-        service, plot, name = None, None, _name_at_service(parsed.report_as, subject)
+        service, name = None, _name_at_service(parsed.report_as, subject)
         if parsed.report_to is not None and subject.command is not None and parsed.report_as is None:
             raise UsageError("a command has no name at the service: give --report-as NAME too")
-        if parsed.plot is not None:
+        for path in filter(None, (parsed.plot, parsed.plot_throughput)):
             from autobatch.present.plot import check_plot_path
 
-            plot = Path(parsed.plot)
-            check_plot_path(plot)
+            check_plot_path(path)
+        if parsed.report is not None:
+            from autobatch.present.page import check_page_path
+
+            check_page_path(parsed.report)
         plan_file = None if parsed.plan_file is None else Path(parsed.plan_file)
         if plan_file is not None and not plan_file.absolute().parent.is_dir():
             raise UsageError(
@@ -286,7 +380,10 @@ class _Outlets:
             service.check(name)
         elif parsed.report_as is not None:
             raise UsageError(f"--report-as {parsed.report_as} names a workload for --report-to URL, which is missing")
-        return cls(plot=plot, plan_file=plan_file, service=service, reported_as=name)
+        plot, throughput, page = (
+            None if path is None else Path(path) for path in (parsed.plot, parsed.plot_throughput, parsed.report)
+        )
+        return cls(plot=plot, throughput=throughput, page=page, plan_file=plan_file, service=service, reported_as=name)
 
     def pass_on(self, report: Report) -> None:
         """Draw, write and send what was found."""
@@ -300,6 +397,16 @@ class _Outlets:
 
             draw_report(report, self.plot)
             say(f"plot written to {self.plot}")
+        if self.throughput is not None:
+            from autobatch.present.plot import draw_throughput
+
+            draw_throughput(report, self.throughput)
+            say(f"plot written to {self.throughput}")
+        if self.page is not None:
+            from autobatch.present.page import write_page
+
+            write_page(report, self.page)
+            say(f"report written to {self.page}")
         if self.service is None:
             return
         try:
@@ -330,8 +437,6 @@ def _keep(report: Report, workload: str) -> str:
 
 def choose_card(options: ProbeOptions, *, may_emulate: bool) -> ProbeOptions:
     """Decide between a real card and an emulated one, which is used unasked only where no figure can be mistaken."""
-    import dataclasses
-
     from autobatch.gpu.opening import parse_ordinal
     from autobatch.gpu.presence import find_presence
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from autobatch.breakdown import MemoryBreakdown
 from autobatch.command.heard import CommandTraits, RunSoFar, describe_end, severity, steps_text
 from autobatch.command.launching import CommandRun, Ended, Message, TimedOut, temporary_folder
 from autobatch.command.template import MICRO_BATCH_VARIABLE, CommandValues
@@ -80,6 +81,8 @@ class CommandTrials:
         self._inspection: Inspection | None = None
         self._smallest_run: int | None = None
         self._first: Trial | None = None
+        self._itemizes = False
+        self._breakdown: MemoryBreakdown | None = None
         self._traits = CommandTraits()
         self._files: set[str] = set()
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
@@ -118,6 +121,20 @@ class CommandTrials:
         if first is not None and len(window) >= len(first.window) and set(window) == {first.micro_batch_size}:
             return first
         return self._run(tuple(window), confirmation=confirmation)
+
+    def itemize(self, window: Sequence[int]) -> MemoryBreakdown | None:
+        """Run the command once more and take its memory apart; raises as `run_trial` does.
+
+        Returns:
+            What the memory is made of, where it runs on several ranks that of the first; None where the trial did not fit
+            this time.
+        """
+        self._breakdown, self._itemizes = None, True
+        try:
+            trial = self._run(tuple(window), confirmation=True)
+        finally:
+            self._itemizes = False
+        return self._breakdown if trial.fits else None
 
     def remarks(self) -> AnswerRemarks:
         """What is to be said of the answer."""
@@ -166,6 +183,7 @@ class CommandTrials:
             "windows": windows_per_trial(self._options),
             "inspect": self._machine is not None and self._inspection is None,
             "smaller_ran": self._smallest_run is not None and self._smallest_run < size,
+            "itemize": self._itemizes,
         }
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(temporary_folder()))
@@ -211,6 +229,8 @@ class CommandTrials:
         so_far.tenant_growth_bytes = max(so_far.tenant_growth_bytes, content["tenant_growth_bytes"])
         if self._facts is None or message.rank == 0:
             self._facts = from_json_form(DeviceFacts, content["facts"], where="facts")
+        if content["breakdown"] is not None and (self._breakdown is None or message.rank == 0):
+            self._breakdown = from_json_form(MemoryBreakdown, content["breakdown"], where="breakdown")
         if content["inspection"] is not None and self._inspection is None:
             self._inspection = from_json_form(Inspection, content["inspection"], where="inspection")
         self._files.update(content["files"])

@@ -27,6 +27,7 @@ from autobatch.gpu.opening import open_device
 from autobatch.jsonform import from_json_form, to_json_form
 from autobatch.options import ProbeOptions
 from autobatch.workload.inspection import OperatorWatch
+from autobatch.workload.itemizing import WindowRecorder
 from autobatch.workload.judging import Failure, Progress, explain_failure, judge
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class _Setup:
     """Whether one window more is run to look at every operator."""
     smaller_ran: bool
     """Whether a smaller size ran before."""
+    itemize: bool
+    """Whether the last window's memory is taken apart."""
 
 
 def watch(setup: Mapping[str, Any], send: Callable[..., None]) -> None:
@@ -77,6 +80,7 @@ def watch(setup: Mapping[str, Any], send: Callable[..., None]) -> None:
         windows=setup["windows"],
         inspect=setup["inspect"],
         smaller_ran=setup["smaller_ran"],
+        itemize=setup["itemize"],
     )
     _Watcher(asked, send).install()
 
@@ -102,6 +106,7 @@ class _Watcher:
         self._highest: MemoryReading | None = None
         self._trial: dict[str, Any] | None = None
         self._operators: OperatorWatch | None = None
+        self._recorder: WindowRecorder | None = None
         self._window_began = time.perf_counter()
         self._step_began = 0.0
         self._compiled = 0
@@ -291,6 +296,8 @@ class _Watcher:
         progress = self._progress
         progress.windows += 1
         self._tell(kind="window", windows=progress.windows)
+        if self._recorder is not None:
+            self._recorder.__exit__(None)
         if is_warm or progress.windows > _MOST_WINDOWS:
             progress.steps += 1
             progress.times.add(self._step_began - self._window_began, now - self._step_began)
@@ -298,6 +305,9 @@ class _Watcher:
             device.memory.settle()
         if progress.steps <= 2:
             progress.retries_at_second = device.memory.alloc_retries()
+        if self._setup.itemize and self._recorder is None and progress.steps >= self._setup.windows - 1:
+            self._recorder = WindowRecorder(device.ordinal)
+            self._recorder.__enter__()
         self._window_began = time.perf_counter()
 
     def _waits_for_others(self) -> bool:
@@ -337,12 +347,17 @@ class _Watcher:
             "idle_optimizers": self._idle_optimizers() if trial.fits else [],
             "frozen_bytes": self._frozen_bytes(),
             "files": loaded_files(),
+            "breakdown": self._breakdown(trial),
         }
         if trial.fits and self._setup.inspect:
             self._operators = OperatorWatch()
             self._operators.start()
         else:
             self._end()
+
+    def _breakdown(self, trial: Trial) -> dict[str, Any] | None:
+        found = self._recorder.breakdown(trial) if self._recorder is not None and trial.fits else None
+        return None if found is None else dict(vars(found))
 
     def _judged(self, device: OpenDevice, reading: MemoryReading, failure: Failure | None) -> Trial:
         return judge(

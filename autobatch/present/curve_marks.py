@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autobatch.present.curve_words import FAILED_WORDS, failing_trial, plan_words
-from autobatch.present.tables import window_text
+from autobatch.present.curve_words import FAILED_WORDS, failing_trial
+from autobatch.present.tables import plan_words, window_text
 from autobatch.trial import Outcome
 
 if TYPE_CHECKING:

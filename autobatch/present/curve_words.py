@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autobatch.present.curve_parts import has_height, memory_bands
-from autobatch.present.tables import OUTCOME_WORDS, window_text
+from autobatch.present.tables import OUTCOME_WORDS, plan_words, window_text
 from autobatch.present.text_layout import TITLE_POINTS, text_width
 from autobatch.present.themes import THEMES
 from autobatch.trial import Outcome
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
-    from autobatch.plan import Plan
     from autobatch.report import Report
     from autobatch.trial import Trial
 
@@ -23,7 +22,6 @@ __all__ = [
     "description_words",
     "failing_trial",
     "foot_lines",
-    "plan_words",
     "title_words",
     "trial_words",
 ]
@@ -115,17 +113,6 @@ def trial_words(trial: Trial) -> str:
     elif trial.oom_request_bytes:
         words += f", asked for {format_bytes(trial.oom_request_bytes)} more"
     return words + (" (confirmation)" if trial.confirmation else "")
-
-
-def plan_words(plan: Plan) -> str:
-    """Write the plan as size × steps; both sizes where it mixes two."""
-    import itertools
-
-    ranks = f" on {plan.world_size} ranks" if plan.world_size > 1 else ""
-    if plan.rank_micro_batch_sizes is not None:
-        return f"{' and '.join(f'{size:,}' for size in plan.sizes)}, {plan.accumulation_steps} steps{ranks}"
-    runs = [(size, len(list(group))) for size, group in itertools.groupby(plan.micro_batch_sizes)]
-    return " + ".join(f"{size:,} × {count:,}" for size, count in runs) + ranks
 
 
 def failing_trial(report: Report) -> Trial | None:

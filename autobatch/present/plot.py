@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from autobatch.errors import UnavailableError, UsageError
 from autobatch.present.curve import Picture
+from autobatch.present.curve_words import description_words, trial_words
+from autobatch.present.files import check_writable, write_whole
 from autobatch.present.svg import fit_for_page
 from autobatch.present.themes import THEMES
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from autobatch.placement import PlacementTable
     from autobatch.report import Report
 
-__all__ = ["check_plot_path", "draw_placements", "draw_report", "report_svg"]
+__all__ = ["check_plot_path", "draw_placements", "draw_report", "draw_throughput", "report_svg", "throughput_svg"]
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -41,16 +42,7 @@ def check_plot_path(path: str | Path) -> None:
     if target.suffix.lower() not in _SUFFIXES:
         found = f"has the suffix {target.suffix!r}" if target.suffix else "has no suffix"
         raise UsageError(f"plot {str(path)!r} {found}: end it in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
-    try:
-        folder, is_folder = target.resolve().parent, target.is_dir()
-    except OSError as error:
-        raise UsageError(f"plot {str(path)!r}: {error.strerror}; name another file") from None
-    if not folder.is_dir():
-        raise UsageError(f"plot {str(path)!r}: there is no folder {str(folder)!r}; make it, or name another file")
-    if is_folder:
-        raise UsageError(f"plot {str(path)!r} is a folder: name a file in it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"plot {str(path)!r}: the folder {str(folder)!r} is not writable; name another file")
+    check_writable(path, what="plot")
     _require_matplotlib()
 
 
@@ -69,9 +61,8 @@ def draw_report(report: Report, path: str | Path) -> None:
     """
     check_plot_path(path)
     form = Path(path).suffix.lower()[1:]
-    _write(
-        path, _rendered_svg(report, "light", opaque=True) if form == "svg" else _rendered(_curve(report, "light"), form)
-    )
+    picture = _rendered_svg(report, "light", opaque=True) if form == "svg" else _rendered(_curve(report, "light"), form)
+    write_whole(path, picture, what="plot")
 
 
 def draw_placements(table: PlacementTable, path: str | Path) -> None:
@@ -87,15 +78,8 @@ def draw_placements(table: PlacementTable, path: str | Path) -> None:
     from autobatch.present.placements_plot import placements_figure
 
     check_plot_path(path)
-    _write(path, _rendered(lambda: placements_figure(table, THEMES["light"]), Path(path).suffix.lower()[1:]))
-
-
-def _write(path: str | Path, content: bytes) -> None:
-    try:
-        # What a link names is replaced rather than the link.
-        _replace(Path(path).resolve(), content)
-    except OSError as error:
-        raise UsageError(f"plot {str(path)!r} cannot be written: {error.strerror}; name another file") from None
+    picture = _rendered(lambda: placements_figure(table, THEMES["light"]), Path(path).suffix.lower()[1:])
+    write_whole(path, picture, what="plot")
 
 
 def report_svg(report: Report, *, theme: Literal["light", "dark"] = "light") -> str:
@@ -122,25 +106,63 @@ def report_svg(report: Report, *, theme: Literal["light", "dark"] = "light") -> 
     return _rendered_svg(report, theme, opaque=False).decode()
 
 
+def draw_throughput(report: Report, path: str | Path) -> None:
+    """Draw samples per second against micro-batch size, with the noise, into a file; whole or not at all, as `draw_report`.
+
+    Args:
+        report: of a probe for throughput; on a real GPU, since an emulated one knows no time.
+        path: ends in `.png`, `.svg` or `.pdf`; in an existing folder.
+
+    Raises:
+        UsageError: as `draw_report`, or nothing was timed.
+        UnavailableError: matplotlib is not installed.
+    """
+    from autobatch.present.throughput_plot import speeds_of, throughput_figure
+
+    check_plot_path(path)
+    if not speeds_of(report):
+        raise UsageError(
+            "no trial was timed, so there is no throughput to draw: a measured probe has times, an emulated one has none"
+        )
+    form = Path(path).suffix.lower()[1:]
+    if form == "svg":
+        picture = _throughput_svg(report, "light", opaque=True)
+    else:
+        picture = _rendered(lambda: throughput_figure(report, THEMES["light"]), form)
+    write_whole(path, picture, what="plot")
+
+
+def throughput_svg(report: Report, *, theme: Literal["light", "dark"] = "light") -> str:
+    """Draw samples per second against micro-batch size as an SVG element to stand in a page; as `report_svg`.
+
+    Raises:
+        UsageError: there is no such theme.
+        UnavailableError: matplotlib is not installed.
+    """
+    if theme not in THEMES:
+        raise UsageError(f"theme {theme!r} is none of {', '.join(THEMES)}")
+    _require_matplotlib()
+    return _throughput_svg(report, theme, opaque=False).decode()
+
+
+def _throughput_svg(report: Report, theme: str, *, opaque: bool) -> bytes:
+    from autobatch.present.throughput_plot import speed_words, throughput_figure
+
+    return fit_for_page(
+        _rendered(lambda: throughput_figure(report, THEMES[theme]), "svg", opaque=opaque),
+        prefix=_prefix("speed-", report, theme),
+        title=f"Throughput of {report.workload} on {report.device.name}",
+        description=speed_words(report),
+        hints={},
+        opaque=opaque,
+    )
+
+
 def _require_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         raise UnavailableError("plots need matplotlib: pip install '.[plot]' in autobatch's own folder")
-
-
-def _replace(target: Path, content: bytes) -> None:
-    """Write a file beside the target and rename it; nothing is left of it where that fails."""
-    import secrets
-
-    beside = target.with_name(f".autobatch-{secrets.token_hex(8)}")
-    try:
-        # Not `tempfile`: its files are for their owner alone, and renaming would keep that.
-        with beside.open("xb") as file:
-            file.write(content)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -180,5 +202,19 @@ def _rendered(make_figure: Callable[[], Figure], form: str, *, opaque: bool = Tr
 
 
 def _rendered_svg(report: Report, theme: str, *, opaque: bool) -> bytes:
-    """Draw as one SVG element."""
-    return fit_for_page(_rendered(_curve(report, theme), "svg", opaque=opaque), report, theme, opaque=opaque)
+    """Draw the memory curve as one SVG element."""
+    return fit_for_page(
+        _rendered(_curve(report, theme), "svg", opaque=opaque),
+        prefix=_prefix("", report, theme),
+        title=f"Memory curve of {report.workload} on {report.device.name}, {report.basis}",
+        description=description_words(report),
+        hints={f"trial-{number}": trial_words(trial) for number, trial in enumerate(report.trials, start=1)},
+        opaque=opaque,
+    )
+
+
+def _prefix(kind: str, report: Report, theme: str) -> str:
+    """What a picture's ids begin with, so that several stand in one page."""
+    import hashlib
+
+    return f"autobatch-{kind}{theme}-{hashlib.sha256(report.to_json().encode('utf-8', 'replace')).hexdigest()[:12]}-"

@@ -1,15 +1,12 @@
-"""The memory curve's SVG, made fit to stand in a page: no style sheet, ids of its own, and words for each part."""
+"""A picture's SVG, made fit to stand in a page: no style sheet, ids of its own, and words for each part."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autobatch.present.curve_words import description_words, trial_words
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from xml.etree.ElementTree import Element
-
-    from autobatch.report import Report
 
 __all__ = ["fit_for_page"]
 
@@ -18,27 +15,29 @@ _SVG = "http://www.w3.org/2000/svg"
 _FONTS = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
-def fit_for_page(drawn: bytes, report: Report, theme: str, *, opaque: bool) -> bytes:
+def fit_for_page(
+    drawn: bytes, *, prefix: str, title: str, description: str, hints: Mapping[str, str], opaque: bool
+) -> bytes:
     """Make matplotlib's SVG fit to stand in a page, or on its own, where it keeps its size and ground.
 
     Style sheets and `style` attributes become plain attributes, ids become this picture's own, and the picture and
-    every trial get their words.
+    what is named in it get their words.
 
     Args:
-        drawn: what matplotlib wrote for this report; every trial is a group named `trial-` and its place, from 1.
-        report: what a probe found.
-        theme: its name, with which the ids begin.
+        drawn: what matplotlib wrote.
+        prefix: what its ids begin with.
+        title: names the picture.
+        description: says what it shows, for who cannot see it.
+        hints: by the id of a group, the words that a browser shows on hovering.
         opaque: whether it stands on its own.
 
     Returns:
         One `<svg>` element in UTF-8, without an XML prologue.
     """
-    import hashlib
     from xml.etree import ElementTree as ET
 
     # Not foreign: matplotlib wrote it just now, and escapes what the report names.
     root = ET.fromstring(drawn)  # noqa: S314
-    prefix = f"autobatch-{theme}-{hashlib.sha256(report.to_json().encode('utf-8', 'replace')).hexdigest()[:12]}-"
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
         _plain_attributes(element, prefix)
@@ -52,7 +51,7 @@ def fit_for_page(drawn: bytes, report: Report, theme: str, *, opaque: bool) -> b
     root.attrib.update({"xmlns": _SVG, "stroke-linejoin": "round", "stroke-linecap": "butt"})
     if not opaque:
         del root.attrib["width"], root.attrib["height"]
-    _name(root, report, prefix)
+    _name(root, prefix, (title, description), hints)
     return ET.tostring(root, encoding="unicode").encode()
 
 
@@ -72,13 +71,11 @@ def _plain_attributes(element: Element, prefix: str) -> None:
             element.set(name, value.replace("url(#", f"url(#{prefix}"))
 
 
-def _name(root: Element, report: Report, prefix: str) -> None:
-    """Give the picture its title and description, and every trial its words, which a browser shows on hovering."""
+def _name(root: Element, prefix: str, words: tuple[str, str], hints: Mapping[str, str]) -> None:
+    """Give the picture its title and description, and what is named in it its words."""
     from xml.etree import ElementTree as ET
 
-    words = [("title", f"Memory curve of {report.workload} on {report.device.name}, {report.basis}")]
-    words.append(("desc", description_words(report)))
-    for index, (tag, text) in enumerate(words):
+    for index, (tag, text) in enumerate(zip(("title", "desc"), words, strict=True)):
         element = ET.Element(tag, {"id": f"{prefix}{tag}-words"})
         element.text = _for_xml(text)
         root.insert(index, element)
@@ -86,10 +83,10 @@ def _name(root: Element, report: Report, prefix: str) -> None:
     root.set("aria-labelledby", f"{prefix}title-words")
     root.set("aria-describedby", f"{prefix}desc-words")
     groups = {element.get("id"): element for element in root.iter("g")}
-    for number, trial in enumerate(report.trials, start=1):
+    for name, text in hints.items():
         hint = ET.Element("title")
-        hint.text = trial_words(trial)
-        groups[f"{prefix}trial-{number}"].insert(0, hint)
+        hint.text = _for_xml(text)
+        groups[f"{prefix}{name}"].insert(0, hint)
 
 
 def _for_xml(text: str) -> str:

@@ -16,12 +16,23 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.lengths import LengthTable
     from autobatch.plan import Plan
-    from autobatch.report import Report
+    from autobatch.report import Alternative, Report
     from autobatch.trial import Trial
 
-__all__ = ["OUTCOME_WORDS", "lengths_view", "plan_view", "report_view", "trials_table", "window_text"]
+__all__ = [
+    "OUTCOME_WORDS",
+    "alternative_words",
+    "breakdown_rows",
+    "lengths_view",
+    "plan_view",
+    "plan_words",
+    "report_view",
+    "trials_table",
+    "window_text",
+]
 
 OUTCOME_WORDS = {
     Outcome.FITS: ("fits", "green"),
@@ -31,6 +42,7 @@ OUTCOME_WORDS = {
 }
 """What people read for each outcome, and its colour; the words tell them apart without it."""
 
+_PHASES = {"forward": "forward", "backward": "backward", "step": "optimizer step"}
 _MOST_RUNS = 6
 _MOST_RANK_LINES = 8
 
@@ -55,7 +67,12 @@ def report_view(report: Report) -> RenderableType:
         parts.append(_plan_table(report.plan))
     if report.max_micro_batch_size is not None:
         parts += [Text(), _found_table(report.max_micro_batch_size, report)]
-    parts += [Text(), _memory_table(report), Text(), trials_table(report.trials, report.memory.budget_bytes)]
+    parts += [Text(), _memory_table(report)]
+    if report.breakdown is not None:
+        parts += [Text(), _breakdown_table(report.breakdown, report.memory.budget_bytes)]
+    parts += [Text(), trials_table(report.trials, report.memory.budget_bytes)]
+    if report.alternatives is not None:
+        parts += [Text(), _alternatives_table(report)]
     notes = _notes(report.warnings)
     if report.basis == "emulated" and report.expected_error:
         left_out = "; ".join(report.not_modelled)
@@ -93,6 +110,15 @@ def lengths_view(table: LengthTable) -> RenderableType:
     return Group(title, Text(), grid, *([Text(), *shown] if shown else []))
 
 
+def plan_words(plan: Plan) -> str:
+    """Write the plan as size × steps; both sizes where it mixes two."""
+    ranks = f" on {plan.world_size} ranks" if plan.world_size > 1 else ""
+    if plan.rank_micro_batch_sizes is not None:
+        return f"{' and '.join(f'{size:,}' for size in plan.sizes)}, {plan.accumulation_steps} steps{ranks}"
+    runs = [(size, len(list(group))) for size, group in itertools.groupby(plan.micro_batch_sizes)]
+    return " + ".join(f"{size:,} × {count:,}" for size, count in runs) + ranks
+
+
 def window_text(window: Sequence[int]) -> str:
     """Write the micro-batches before an optimizer step: `2 × 37`, or `86+85` where they differ."""
     return "+".join(map(str, window)) if len(set(window)) > 1 else f"{len(window)} × {window[0]}"
@@ -121,6 +147,66 @@ def trials_table(trials: Sequence[Trial], budget_bytes: int) -> Table:
             *([seconds] if timed else []),
             Text.assemble((words, colour), " (confirmation)" if trial.confirmation else ""),
         )
+    return table
+
+
+def breakdown_rows(split: MemoryBreakdown) -> list[tuple[str, str, int, str]]:
+    """List a footprint's parts from the bottom up: the part's field, its name for people, bytes, and what it is."""
+    sizes = split.parts()
+    grows = f"{format_bytes(round(sizes['activations'] / max(split.window)))} for each sample"
+    return [
+        (key, name, sizes[key], note)
+        for key, name, note in (
+            ("context", "CUDA context", "with modules and libraries, beside torch's allocator"),
+            ("other_held", "other tensors held", "buffers, data, averages of weights"),
+            ("parameters", "parameters", "frozen ones included"),
+            ("gradients", "gradients", "of parameters"),
+            ("optimizer_state", "optimizer state", "what the optimizers keep"),
+            ("activations", "activations", f"made in the forward, {grows}"),
+            ("temporary", "temporaries", "made in the backward or the optimizer step"),
+            ("workspaces", "workspaces", "scratch memory of cuBLAS and cuDNN"),
+            ("unused", "held but unused", "fragmentation and rounding: reserved, asked for by no tensor"),
+        )
+    ]
+
+
+def alternative_words(one: Alternative) -> tuple[str, str, str]:
+    """Say what was found with one thing changed: the largest size, the plan, and what is to be said of it."""
+    if one.problem:
+        return "–", "–", one.problem
+    if one.plan is None or one.max_micro_batch_size is None:
+        return "–", "does not fit", ""
+    note = "" if one.certified else "not certified"
+    return str(one.max_micro_batch_size), plan_words(one.plan), note
+
+
+def _breakdown_table(split: MemoryBreakdown, budget_bytes: int) -> Table:
+    table = _figures(f"what micro-batch {max(split.window)} is made of, in the {_PHASES[split.phase]}")
+    for _, name, size, note in breakdown_rows(split):
+        if size:
+            table.add_row(name, format_bytes(size), f"{size / split.footprint_bytes:5.1%}  {note}")
+    footprint = split.footprint_bytes
+    table.add_row("footprint", format_bytes(footprint), f"{footprint / budget_bytes:.1%} of the budget")
+    return table
+
+
+def _alternatives_table(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table(title="what if", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("change", no_wrap=True)
+    table.add_column("largest", justify="right", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    table.add_column("", style="dim")
+    largest = report.max_micro_batch_size
+    table.add_row(
+        "as it is",
+        "–" if largest is None else str(largest),
+        plan_words(report.plan) if report.plan else "does not fit",
+        "",
+    )
+    for one in report.alternatives or ():
+        table.add_row(one.change, *alternative_words(one))
     return table
 
 

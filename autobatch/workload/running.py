@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from autobatch.breakdown import MemoryBreakdown
     from autobatch.gpu.memory import DeviceMemory
     from autobatch.trial import Trial
+    from autobatch.workload.itemizing import WindowRecorder
     from autobatch.workload.job import TrainingJob
 
 __all__ = ["TrialRunner"]
@@ -77,8 +79,34 @@ class TrialRunner:
         """
         return try_beside_tenants(lambda: self.attempt(tuple(window), confirmation=confirmation))
 
-    def attempt(self, window: tuple[int, ...], *, confirmation: bool) -> tuple[Trial, int]:
+    def itemize(self, window: Sequence[int]) -> MemoryBreakdown | None:
+        """Run one trial more and take its last window apart.
+
+        Args:
+            window: the sizes of the micro-batches before each optimizer step.
+
+        Returns:
+            What the memory is made of where the most is in use; None where the trial did not fit this time.
+
+        Raises:
+            WorkloadError: as a call does.
+        """
+        from autobatch.gpu.opening import parse_ordinal
+        from autobatch.workload.itemizing import WindowRecorder
+
+        recorder = WindowRecorder(parse_ordinal(self._memory.device_name or "cuda:0"))
+        trial, _ = self.attempt(tuple(window), confirmation=True, recorder=recorder)
+        return recorder.breakdown(trial) if trial.fits else None
+
+    def attempt(
+        self, window: tuple[int, ...], *, confirmation: bool, recorder: WindowRecorder | None = None
+    ) -> tuple[Trial, int]:
         """Run one trial once, whoever else takes memory; raises `WorkloadError` as a call does.
+
+        Args:
+            window: the sizes of the micro-batches before each optimizer step.
+            confirmation: whether the trial confirms a size of the plan.
+            recorder: records the last window, where the trial is run for that.
 
         Returns:
             The trial, and the bytes by which other processes' memory grew meanwhile.
@@ -91,7 +119,7 @@ class TrialRunner:
             afterwards.callback(self._memory.end)
             self._memory.begin()
             progress.held_at_start_bytes = self._memory.allocated_bytes()
-            failure = self._run_guarded(window, progress)
+            failure = self._run_guarded(window, progress, recorder)
             # Outside the handler: the exception, and with it the frames that hold the tensors, is gone.
             if failure is not None and failure.is_final:
                 # Whatever touched the device now would fail, and hide why: nothing is put back, nothing freed.
@@ -112,9 +140,11 @@ class TrialRunner:
                 self._smallest_run = min(trial.micro_batch_size, self._smallest_run or trial.micro_batch_size)
         return trial, reading.tenant_growth_bytes
 
-    def _run_guarded(self, window: tuple[int, ...], progress: Progress) -> Failure | None:
+    def _run_guarded(
+        self, window: tuple[int, ...], progress: Progress, recorder: WindowRecorder | None
+    ) -> Failure | None:
         try:
-            self._run_windows(window, progress)
+            self._run_windows(window, progress, recorder)
         except WorkloadError as error:
             # A job that swallowed an out-of-memory error looks like one that never trains: the reading decides.
             return Failure(message=str(error), traceback_text=error.traceback_text, reason=str(error))
@@ -126,7 +156,7 @@ class TrialRunner:
             return explain_failure(error, size, nearly_full=self._memory.is_nearly_full(), smaller_ran=smaller_ran)
         return None
 
-    def _run_windows(self, window: tuple[int, ...], progress: Progress) -> None:
+    def _run_windows(self, window: tuple[int, ...], progress: Progress, recorder: WindowRecorder | None) -> None:
         job = self._make_job()
         _check_devices(job, self._memory.device_name)
         for optimizer in job.optimizers():
@@ -140,7 +170,9 @@ class TrialRunner:
                         f"{progress.steps} of {progress.windows} windows ended in an optimizer step, {self._min_windows} are "
                         "needed: is the loss finite, and does end_window step the optimizer?"
                     )
-                seconds = self._run_window(job, window, progress, counter)
+                is_last = progress.steps == self._min_windows - 1
+                with recorder if recorder is not None and is_last else contextlib.nullcontext():
+                    seconds = self._run_window(job, window, progress, counter)
                 # A window is one step, however often an optimizer steps at its end.
                 stepped, counted = counter.steps > counted, counter.steps
                 first_step = stepped and progress.steps == 0
