@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from autobatch.errors import AutobatchError, UsageError
+from autobatch.errors import AutobatchError, NothingFitsError, UsageError
 from autobatch.options import ProbeOptions
 from autobatch.report import Alternative
+from autobatch.workload.judging import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +122,7 @@ def try_alternatives(
     Args:
         job: a workload's name, or a command.
         changes: what is changed, each by itself.
-        options: the question.
+        options: the question; its deadline is for all changes together.
         edits: as for `probe_command`.
         started: called with each change before its probe.
         progress: called with each event as it comes.
@@ -129,11 +132,19 @@ def try_alternatives(
     Returns:
         What was found with each; one that could not be probed says why.
     """
+    ends_at = None if options.deadline is None else time.monotonic() + options.deadline
     found = []
     for change in changes:
+        question = options
+        if ends_at is not None:
+            left = ends_at - time.monotonic()
+            if left <= 0:
+                found.append(_without_answer(change, f"the deadline of {options.deadline:g} s passed before it began"))
+                continue
+            question = dataclasses.replace(options, deadline=left)
         if started is not None:
             started(change)
-        found.append(_try_one(job, change, options, edits, progress=progress, show_output=show_output, cache=cache))
+        found.append(_try_one(job, change, question, edits, progress=progress, show_output=show_output, cache=cache))
     return tuple(found)
 
 
@@ -150,21 +161,27 @@ def _try_one(
             report = probe_workload(subject, environment=environment, **asked, **question)
         else:
             report = probe_command(subject, edits=edits, environment=environment, **asked, **question)
+    except NothingFitsError:  # what is remembered says so, without a trial
+        return _without_answer(change, "")
     except AutobatchError as error:
-        return Alternative(
-            change=change.text,
-            plan=None,
-            max_micro_batch_size=None,
-            smallest_failing=None,
-            certified=False,
-            problem=str(error).splitlines()[0],
-        )
+        return _without_answer(change, first_line(error) or type(error).__name__)
     return Alternative(
         change=change.text,
         plan=report.plan,
         max_micro_batch_size=report.max_micro_batch_size,
         smallest_failing=report.smallest_failing,
         certified=report.certified,
+    )
+
+
+def _without_answer(change: Change, problem: str) -> Alternative:
+    return Alternative(
+        change=change.text,
+        plan=None,
+        max_micro_batch_size=None,
+        smallest_failing=None,
+        certified=False,
+        problem=problem,
     )
 
 

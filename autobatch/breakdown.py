@@ -96,20 +96,21 @@ class Peak:
 
 
 def find_peak(
-    standing: Mapping[int, int], events: Sequence[AllocationEvent], owners: Mapping[int, Owner], *, owned_at: int
+    standing: Mapping[int, int], events: Sequence[AllocationEvent], notes: Iterable[tuple[int, Mapping[int, Owner]]]
 ) -> Peak:
     """Replay what the allocator did, and tell whose each allocation is that stood when the most was in use.
 
     Args:
         standing: bytes by address of what stood before the first event.
         events: what the allocator gave and took back, in order.
-        owners: by address, whose the memory there is, as known at one moment; an address is used again and again, so it
-            means the allocation that stood there at that moment.
-        owned_at: how many of the events came before that moment.
+        notes: what was known at some moments: how many of the events came before, and by address whose the memory there was.
+            An address is used again and again, so it means the allocation that stood there at that moment.
     """
     peak_at = _peak_position(standing, events)
-    at_that_moment = _live(standing, events[:owned_at])
-    owned = {(address, born): owners[address] for address, born in at_that_moment.items() if address in owners}
+    owned: dict[tuple[int, int | None], Owner] = {}
+    for before, owners in notes:
+        there = _live(standing, events[:before])
+        owned |= {(address, there[address]): owner for address, owner in owners.items() if address in there}
     found: dict[Owner, int] = {}
     for address, born in _live(standing, events[:peak_at]).items():
         made_by = None if born is None else events[born]

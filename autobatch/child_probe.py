@@ -378,7 +378,7 @@ class _Workload:
         name = self._at(seq_len)
         consultation = self.consultation(options, asked, seq_len=seq_len)
         if (report := consultation.trusted_report(asked.environment)) is not None:
-            return report
+            return asked.trusted(report)
         with _surroundings(options, asked.environment) as (surroundings, machine):
             trials = IsolatedTrials(
                 name, options, environment=surroundings, machine=machine, show_output=self.show_output
@@ -422,7 +422,7 @@ class _Command:
 
         consultation = self.consultation(options, asked, seq_len=seq_len)
         if (report := consultation.trusted_report(asked.environment)) is not None:
-            return report
+            return asked.trusted(report)
         # Only its first trial shows the command's device: it is the one that what is remembered would be confirmed by.
         first = consultation.first_size(asked.environment) or first
         # A card for each rank that the command may start here.
@@ -466,6 +466,12 @@ class _Asked:
         surroundings = dict(os.environ if environment is None else environment)
         return cls(environment=surroundings, progress=progress, cache=cache, breakdown=breakdown)
 
+    def trusted(self, report: Report) -> Report:
+        """A report that no trial was run for."""
+        from autobatch.probing import unitemized
+
+        return unitemized(report, "what is remembered was trusted, and no trial run") if self.breakdown else report
+
 
 class _Trials(TrialSource, Protocol):
     """Trials of a job in processes of its own."""
@@ -487,7 +493,7 @@ def _conduct(
     first: int | None,
 ) -> Report:
     """Probe with what the cache knows, and let it know what was found."""
-    from autobatch.probing import conduct_probe
+    from autobatch.probing import conduct_probe, itemized
 
     known = consultation.recall(trials.facts)
     report = conduct_probe(
@@ -497,11 +503,11 @@ def _conduct(
         first=first,
         known=known,
         confirm=consultation.confirms,
-        itemize=trials.itemize if asked.breakdown else None,
         progress=asked.progress,
     )
     consultation.keep(report, trials.facts, trials.files)
-    return report
+    # What comes now may fail: the answer is kept.
+    return itemized(report, trials.itemize, asked.progress) if asked.breakdown else report
 
 
 def _checked(options: ProbeOptions) -> ProbeOptions:

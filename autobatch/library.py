@@ -12,7 +12,7 @@ from autobatch.emulation import describe_emulation
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.facts import AnswerRemarks
 from autobatch.options import ProbeOptions
-from autobatch.probing import conduct_probe, nothing_fits
+from autobatch.probing import conduct_probe, itemized, nothing_fits
 from autobatch.ranks.link import RankLink, num_ranks
 from autobatch.report import RankResult
 from autobatch.throughput import windows_per_trial
@@ -139,9 +139,9 @@ def probe(  # noqa: PLR0913 - what each caller may choose
             known=known,
             confirm=consultation.confirms,
             breakdown=breakdown,
+            keep=lambda found: consultation.keep(found, device.facts, loaded_files),
             progress=progress,
         )
-        consultation.keep(report, device.facts, loaded_files)
     return _with_plan(report)
 
 
@@ -285,20 +285,26 @@ def probe_on(  # noqa: PLR0913 - what `probe` and the integrations choose
     known: KnownTrials | None = None,
     confirm: bool = True,
     breakdown: bool = False,
+    keep: Callable[[Report], None] | None = None,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
-    """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does."""
+    """Probe a job of the caller's own on a device that is open, and put everything back; raises as `probe` does.
+
+    `keep` is called with the report as soon as it stands, before its memory is taken apart.
+    """
     trials = _OwnTrials.of(device, job, options, restore)
     with trials.put_back_at_the_end():
-        return conduct_probe(
+        report = conduct_probe(
             trials,
             options,
             workload=workload,
             known=known,
             confirm=confirm,
-            itemize=trials.itemize if breakdown else None,
             progress=progress,
         )
+        if keep is not None:
+            keep(report)
+        return itemized(report, trials.itemize, progress) if breakdown else report
 
 
 def _device_of(job: TrainingJob) -> str:

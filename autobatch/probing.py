@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan
     from autobatch.trial import Trial
 
-__all__ = ["Noted", "ProbeEvent", "TrialEnded", "TrialSource", "TrialStarted", "conduct_probe", "nothing_fits"]
+__all__ = [
+    "Noted",
+    "ProbeEvent",
+    "TrialEnded",
+    "TrialSource",
+    "TrialStarted",
+    "conduct_probe",
+    "itemized",
+    "nothing_fits",
+    "unitemized",
+]
 
 # Less than this may be a cache that a library keeps.
 _LEAST_LEAK_BYTES = 1 << 20
@@ -86,7 +96,6 @@ def conduct_probe(
     first: int | None = None,
     known: KnownTrials | None = None,
     confirm: bool = True,
-    itemize: Callable[[tuple[int, ...]], MemoryBreakdown | None] | None = None,
     progress: Callable[[ProbeEvent], None] | None = None,
 ) -> Report:
     """Find the maximum, plan for the target, and confirm the plan's sizes.
@@ -101,7 +110,6 @@ def conduct_probe(
         first: the size to begin with, where something is known of a job much like this one.
         known: trials of earlier probes of this job that hold for this question.
         confirm: whether one of them is run again, or all are trusted.
-        itemize: runs a window once more and takes its memory apart, where the report is to have that.
         progress: called with each event as it comes.
 
     Returns:
@@ -121,8 +129,6 @@ def conduct_probe(
     if known is not None:
         probe.recall(known, confirm=confirm)
     plan = probe.find_plan()
-    if itemize is not None and plan is not None:
-        probe.itemize(plan, itemize)
     return probe.report(plan, workload)
 
 
@@ -143,8 +149,6 @@ class _Probe:
         self._ran: list[Trial] = []
         self._known: KnownTrials | None = None
         self._confirmed = False
-        self._breakdown: MemoryBreakdown | None = None
-        self._unitemized = ""
         self._space = SearchSpace(
             candidates=options.candidates(),
             budget_bytes=source.facts.memory.budget_bytes,
@@ -263,20 +267,6 @@ class _Probe:
         self._progress(TrialEnded(trial=trial, bracket=find_bracket(self._trials), seconds=time.monotonic() - started))
         return trial
 
-    def itemize(self, plan: Plan, itemize: Callable[[tuple[int, ...]], MemoryBreakdown | None]) -> None:
-        """Take the memory of the plan's largest window apart; an answer that stands is not lost where that fails."""
-        window = max(plan.confirmation_windows, key=max)
-        self._progress(Noted(text=f"one trial more at {max(window)}, to see what the memory is made of"))
-        try:
-            self._breakdown = itemize(window)
-        except AutobatchError as error:
-            self._unitemized = f"what the memory is made of is not known: {error}"
-        else:
-            if self._breakdown is None:
-                self._unitemized = (
-                    "what the memory is made of is not known: its trial ran out of memory, or made no step"
-                )
-
     def report(self, plan: Plan | None, workload: str) -> Report:
         """Put together what was found."""
         facts, remarks = self._source.facts, self._source.remarks()
@@ -300,7 +290,7 @@ class _Probe:
         warnings.append(_describe_leak(self._ran))
         warnings.extend(remarks.warnings)
         unaccumulated = remarks.unaccumulated if plan is not None and plan.accumulation_steps > 1 else ""
-        warnings += [unaccumulated, self._unitemized]
+        warnings.append(unaccumulated)
         if remarks.data_dependent:
             warnings.append(
                 f"shapes are read from the device by {', '.join(remarks.data_dependent)}: an emulated card holds no values, "
@@ -331,7 +321,6 @@ class _Probe:
             expected_error=remarks.expected_error,
             warnings=tuple(filter(None, warnings)),
             cached=self._cached(),
-            breakdown=self._breakdown,
         )
 
     def _cached(self) -> Cached | None:
@@ -343,6 +332,39 @@ class _Probe:
             num_trials=len(self._trials) - len(self._ran),
             confirmed=self._confirmed,
         )
+
+
+def itemized(
+    report: Report,
+    itemize: Callable[[tuple[int, ...]], MemoryBreakdown | None],
+    progress: Callable[[ProbeEvent], None] | None = None,
+) -> Report:
+    """Add to a report what the memory of its plan's largest window is made of.
+
+    The answer stands already: where that cannot be found, the report says why.
+
+    Args:
+        report: a probe's; where it has no plan, nothing is run.
+        itemize: runs a window once more and takes its memory apart; None where it did not fit this time.
+        progress: called with each event as it comes.
+    """
+    if report.plan is None:
+        return report
+    window = max(report.plan.confirmation_windows, key=max)
+    if progress is not None:
+        progress(Noted(text=f"one trial more at {max(window)}, to see what the memory is made of"))
+    try:
+        breakdown = itemize(window)
+    except AutobatchError as error:
+        return unitemized(report, str(error))
+    if breakdown is None:
+        return unitemized(report, "its trial ran out of memory, or made no step")
+    return dataclasses.replace(report, breakdown=breakdown)
+
+
+def unitemized(report: Report, why: str) -> Report:
+    """Say in a report why it does not tell what the memory is made of."""
+    return dataclasses.replace(report, warnings=(*report.warnings, f"what the memory is made of is not known: {why}"))
 
 
 def nothing_fits(report: Report) -> NothingFitsError:

@@ -41,6 +41,8 @@ def test_the_report_is_that_of_an_emulated_card(probed: tuple[Report, list[Probe
     assert report.plan is not None
     assert report.plan.micro_batch_sizes == (8,)
     assert report.options.headroom == 0
+    assert report.breakdown is None  # one trial more, and nobody asked for it
+    assert not {"breakdown", "alternatives"} & set(report.to_dict())
 
 
 def test_every_trial_is_told_while_it_runs(probed: tuple[Report, list[ProbeEvent], set[int]]) -> None:

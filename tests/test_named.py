@@ -167,6 +167,7 @@ def test_longer_sequences_take_more_and_weights_in_half_the_bytes_less() -> None
         "hf:t5.json?seq_len=64&target_len=32",
         "hf:whisper.json",
         "hf:vit.json?precision=fp16",
+        "hf:vit.json?image=96",
         "timm:resnet18?image=96&classes=10",
         "timm:vit_tiny_patch16_224?image=96&precision=fp32",
     ],

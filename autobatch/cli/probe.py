@@ -13,12 +13,12 @@ from autobatch.cache.uses import CACHE_USES
 from autobatch.cli.flags import add_format_flag, add_option_flags, options_from
 from autobatch.cli.output import error_console, say, write_json, write_plan, write_text, write_view
 from autobatch.cli.settings import read_settings
-from autobatch.errors import NoGpuError, PlanError, UnavailableError, UsageError
+from autobatch.errors import AutobatchError, NoGpuError, PlanError, UnavailableError, UsageError
 from autobatch.lengths import parse_lengths
 from autobatch.present.formats import check_form
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from autobatch.alternatives import Change
     from autobatch.cache.uses import CacheUse
@@ -151,21 +151,30 @@ def run(parsed: argparse.Namespace) -> int:
     takes_default = not named_a_device and form in {"table", "json"} and parsed.report_to is None
     options = choose_card(asked, may_emulate=takes_default and subject.command is None)
     _check_card(options)
+    if parsed.plot_throughput is not None and options.emulate is not None:
+        raise UsageError(f"--plot-throughput needs times, and the emulated {options.emulate} has none: leave it out")
     outlets = _Outlets.open(parsed, subject)
     changes = subject.changes(parsed.what_if, options)
     if subject.lengths:
         return _probe_lengths(subject, options, form, verbose=parsed.verbose)
     breakdown = parsed.breakdown or outlets.page is not None
     report = subject.probe(options, verbose=parsed.verbose, breakdown=breakdown)
-    if changes:
-        alternatives = subject.alternatives(changes, options, verbose=parsed.verbose)
-        report = dataclasses.replace(report, alternatives=alternatives)
-    _print(report, form)
-    if parsed.chart:
-        _show_chart(report, form)
-    outlets.pass_on(report)
+    # Files first: whatever becomes of what comes after, they are there.
+    problem = outlets.write(report, is_last=not changes)
+    try:
+        if changes:
+            alternatives = subject.alternatives(changes, options, verbose=parsed.verbose)
+            report = dataclasses.replace(report, alternatives=alternatives)
+            problem = outlets.write(report, is_last=True)
+    finally:  # also where it was interrupted: the answer itself stands
+        _print(report, form)
+        if parsed.chart:
+            _show_chart(report, form)
+    outlets.send(report)
     if report.plan is None:
         raise nothing_fits(report)
+    if problem is not None:
+        raise problem
     return 0
 
 
@@ -385,28 +394,51 @@ class _Outlets:
         )
         return cls(plot=plot, throughput=throughput, page=page, plan_file=plan_file, service=service, reported_as=name)
 
-    def pass_on(self, report: Report) -> None:
-        """Draw, write and send what was found."""
+    def write(self, report: Report, *, is_last: bool) -> AutobatchError | None:
+        """Write every file, each whatever becomes of the others.
+
+        Args:
+            report: what was found.
+            is_last: whether nothing more is to come, so that it is said.
+
+        Returns:
+            The first problem; those that may not come to be raised are said.
+        """
+        problems: list[AutobatchError] = []
+        for what, path, writer in self._files():
+            try:
+                writer(report, path)
+            except AutobatchError as error:
+                problems.append(error)
+            else:
+                if is_last:
+                    say(f"{what} written to {path}")
+        # The first ends the command, unless something weightier does.
+        for other in problems if report.plan is None or self.service is not None else problems[1:]:
+            say(str(other))
+        return problems[0] if problems else None
+
+    def _files(self) -> Iterator[tuple[str, Path, Callable[[Report, Path], None]]]:
+        """What is written where, and by what."""
         if self.plan_file is not None:
             from autobatch.handover import write_plan_file
 
-            write_plan_file(report, self.plan_file)
-            say(f"plan written to {self.plan_file}")
+            yield "plan", self.plan_file, write_plan_file
         if self.plot is not None:
             from autobatch.present.plot import draw_report
 
-            draw_report(report, self.plot)
-            say(f"plot written to {self.plot}")
+            yield "plot", self.plot, draw_report
         if self.throughput is not None:
             from autobatch.present.plot import draw_throughput
 
-            draw_throughput(report, self.throughput)
-            say(f"plot written to {self.throughput}")
+            yield "plot", self.throughput, draw_throughput
         if self.page is not None:
             from autobatch.present.page import write_page
 
-            write_page(report, self.page)
-            say(f"report written to {self.page}")
+            yield "report", self.page, write_page
+
+    def send(self, report: Report) -> None:
+        """Send what was found to the service."""
         if self.service is None:
             return
         try:

@@ -236,6 +236,8 @@ class _Watcher:
             self._progress.held_bytes = max(self._progress.held_bytes, self._device.memory.allocated_bytes())
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._recorder is not None and os.getpid() == self._pid:
+            self._recorder.before_step()
         if os.getpid() != self._pid or not self._counts.enter_step(optimizer):
             return
         self._check_memory()
@@ -252,6 +254,8 @@ class _Watcher:
         self._progress.gradient_bytes = max(self._progress.gradient_bytes, held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._recorder is not None and os.getpid() == self._pid:
+            self._recorder.after_step()
         if os.getpid() != self._pid or not self._counts.leave_step(optimizer):
             return
         if self._trial is not None:
@@ -306,9 +310,17 @@ class _Watcher:
         if progress.steps <= 2:
             progress.retries_at_second = device.memory.alloc_retries()
         if self._setup.itemize and self._recorder is None and progress.steps >= self._setup.windows - 1:
-            self._recorder = WindowRecorder(device.ordinal)
-            self._recorder.__enter__()
+            self._record(device)
         self._window_began = time.perf_counter()
+
+    def _record(self, device: OpenDevice) -> None:
+        """Record the window that begins."""
+        # It begins within a hook on steps, where no other can be put in place.
+        self._recorder = WindowRecorder(device.ordinal, sees_steps=False)
+        try:
+            self._recorder.__enter__()
+        except AutobatchError as error:  # told to the probe, and not to the script
+            self._fail(error)
 
     def _waits_for_others(self) -> bool:
         """Whether an optimizer that this process made has not stepped often enough yet, and may still."""

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from autobatch.breakdown import AllocationEvent
+from autobatch.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,8 +30,8 @@ _UNWINDS = ("x86_64",)
 class AllocatorTrace:
     """Records the allocator by torch's own memory history, as `torch.cuda.memory._record_memory_history` keeps it.
 
-    A context manager: recording ends on the way out. Only one can record at a time in a process, and a history that the
-    job itself records is ended by it.
+    A context manager: recording ends on the way out. A process has one history: where the job records it itself, nothing
+    of it is touched.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -45,8 +46,18 @@ class AllocatorTrace:
         self._phases: list[tuple[int, Phase]] = []
 
     def __enter__(self) -> Self:
+        """Begin.
+
+        Raises:
+            UnavailableError: the process records the allocator's history already.
+        """
         import torch
 
+        if self._history():
+            raise UnavailableError(
+                "the job records the allocator's history itself (torch.cuda.memory._record_memory_history), and there is one "
+                "only: leave that out for the probe"
+            )
         # Torch 2.8 keeps the workspaces of cuBLAS, 2.15 does not: given back, they are asked for anew, and are seen.
         torch.cuda.synchronize(self._ordinal)
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - has no public name
@@ -73,27 +84,35 @@ class AllocatorTrace:
         with contextlib.suppress(Exception):  # where the context is lost, nothing more is recorded either
             torch.cuda.memory._record_memory_history(None)  # noqa: SLF001
 
-    def enter_phase(self, phase: Phase) -> int:
-        """Note what runs from now on.
+    @property
+    def phase(self) -> Phase:
+        """What runs now."""
+        return self._phases[-1][1]
 
-        Returns:
-            The moment, in microseconds since the epoch: that is the history's clock too.
-        """
-        now = time.time_ns() // 1000
-        self._phases.append((now, phase))
-        return now
+    def enter_phase(self, phase: Phase) -> None:
+        """Note what runs from now on."""
+        self._phases.append((self.now(), phase))
 
-    def read(self, moment: int) -> tuple[Sequence[AllocationEvent], int]:
-        """What the allocator gave and took back so far, in order, and how many of these events came before a moment.
+    @staticmethod
+    def now() -> int:
+        """The moment, in microseconds since the epoch: that is the history's clock too."""
+        return time.time_ns() // 1000
+
+    def read(self, moments: Sequence[int]) -> tuple[Sequence[AllocationEvent], Sequence[int]]:
+        """What the allocator gave and took back so far, in order, and how many of these events came before each moment.
 
         Args:
-            moment: in microseconds since the epoch.
+            moments: in microseconds since the epoch.
         """
+        trace = [entry for entry in self._history() if entry["action"] in {"alloc", "free_completed"}]
+        times = [entry["time_us"] for entry in trace]
+        return [self._event(entry) for entry in trace], [bisect.bisect_right(times, moment) for moment in moments]
+
+    def _history(self) -> list[dict[str, Any]]:
         import torch
 
         traces: list[list[dict[str, Any]]] = torch.cuda.memory._snapshot()["device_traces"]  # noqa: SLF001
-        trace = [entry for entry in traces[self._ordinal] if entry["action"] in {"alloc", "free_completed"}]
-        return [self._event(entry) for entry in trace], sum(entry["time_us"] <= moment for entry in trace)
+        return traces[self._ordinal] if self._ordinal < len(traces) else []
 
     def _event(self, entry: Mapping[str, Any]) -> AllocationEvent:
         began = bisect.bisect_right([moment for moment, _ in self._phases], entry["time_us"])

@@ -15,6 +15,7 @@ from autobatch.present.curve_words import certificate_words, foot_lines
 from autobatch.present.formats import plan_as_arguments
 from autobatch.present.plot import report_svg, throughput_svg
 from autobatch.present.tables import OUTCOME_WORDS, alternative_words, breakdown_rows, plan_words, window_text
+from autobatch.present.throughput_plot import speeds_of
 from autobatch.present.ways import describe_missing, next_goal, ways_to
 from autobatch.throughput import describe_times
 from autobatch.trial import Outcome
@@ -90,7 +91,7 @@ def write_page(report: Report, path: str | Path) -> None:
     from autobatch.present.files import write_whole
 
     check_page_path(path)
-    write_whole(path, render_page(report).encode(), what="report")
+    write_whole(path, render_page(report).encode("utf-8", "replace"), what="report")
 
 
 def render_page(report: Report) -> str:
@@ -108,13 +109,14 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     goal = next_goal(report)
     timed = any(trial.seconds_per_step is not None for trial in report.trials)
+    has_speeds = bool(speeds_of(report))
     return environment.from_string(template).render(
         report=report,
         answer=plan_words(report.plan) if report.plan else "does not fit",
         arguments=_arguments(report),
         certificate=certificate_words(report),
         curves={theme: report_svg(report, theme=theme) for theme in ("light", "dark")},
-        speeds={theme: throughput_svg(report, theme=theme) for theme in ("light", "dark")} if timed else {},
+        speeds={theme: throughput_svg(report, theme=theme) for theme in ("light", "dark")} if has_speeds else {},
         times=describe_times(report.trials, report.options, report.plan.micro_batch_size) if report.plan else "",
         segments=_segments(report),
         breakdown=report.breakdown,

@@ -192,6 +192,7 @@ def _breakdown_table(split: MemoryBreakdown, budget_bytes: int) -> Table:
 
 def _alternatives_table(report: Report) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="what if", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("change", no_wrap=True)
@@ -206,7 +207,8 @@ def _alternatives_table(report: Report) -> Table:
         "",
     )
     for one in report.alternatives or ():
-        table.add_row(one.change, *alternative_words(one))
+        # What a user wrote, and what a job said: rich would read brackets in it as markup.
+        table.add_row(*(Text(words) for words in (one.change, *alternative_words(one))))
     return table
 
 

@@ -107,11 +107,12 @@ def _own_ways(report: Report, goal: Goal) -> list[tuple[str, str, int, bool]]:
     checkpointing = "--what-if checkpointing=true tries it" if named else "torch.utils.checkpoint around each block"
     state = split.optimizer_state_bytes
     fixed = split.parameters_bytes + split.gradients_bytes + state
+    is_checkpointed = "checkpointing=true" in report.workload.lower()
     ways = [
         (
             "activation checkpointing",
             f"one forward more for each backward; {checkpointing}",
-            round(per_sample * goal.micro_batch_size),
+            0 if is_checkpointed else round(per_sample * goal.micro_batch_size),
             True,
         ),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autobatch.breakdown import Owner, Peak
+    from autobatch.breakdown import Owner, Peak, Phase
     from autobatch.trial import Trial
 
 __all__ = ["WindowRecorder"]
@@ -24,36 +25,50 @@ __all__ = ["WindowRecorder"]
 class WindowRecorder:
     """Records one window, from before its first micro-batch until after its optimizer step.
 
-    A context manager around the window. It sees each backward by standing in for `torch.autograd.backward`, and the step by
-    torch's hook that comes before the steps of all optimizers, so that nothing is asked of the job.
+    A context manager around the window. It sees each backward by standing in for `torch.autograd.backward` and
+    `torch.autograd.grad`, and each step by torch's hooks around the steps of all optimizers, so that nothing is asked of the
+    job. Whose the memory is, is looked at when the window begins and ends, around each backward, and before each step.
     """
 
-    def __init__(self, ordinal: int) -> None:
+    def __init__(self, ordinal: int, *, sees_steps: bool = True) -> None:
         """Prepare to record.
 
         Args:
             ordinal: the device as torch counts.
+            sees_steps: whether it hooks itself into the steps; else whoever does calls `before_step` and `after_step`.
         """
+        self._sees_steps = sees_steps
         self._trace = AllocatorTrace(ordinal)
         self._stack = contextlib.ExitStack()
-        self._owners: dict[int, Owner] = {}
-        self._owned_at: int | None = None
-        self._depth = 0
+        self._notes: list[tuple[int, dict[int, Owner]]] = []
+        self._before: list[Phase] = []
+        """What ran before each backward or step that is under way: they nest."""
+        self._has_stepped = False
         self._peak: Peak | None = None
 
     def __enter__(self) -> Self:
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
+        from torch.optim import optimizer
 
-        self._stack.enter_context(self._trace)
-        self._stack.enter_context(self._standing_in_for_backward())
-        self._stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+        try:
+            self._stack.enter_context(self._trace)
+            self._stack.enter_context(self._standing_in("backward"))
+            self._stack.enter_context(self._standing_in("grad"))
+            if self._sees_steps:
+                self._stack.callback(optimizer.register_optimizer_step_pre_hook(self.before_step).remove)
+                self._stack.callback(optimizer.register_optimizer_step_post_hook(self.after_step).remove)
+            self._note_owners()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            if kind is None and self._owned_at is not None and self._peak is None:
-                events, before = self._trace.read(self._owned_at)
-                self._peak = find_peak(self._trace.standing, events, self._owners, owned_at=before)
+            if kind is None and self._has_stepped and self._peak is None:
+                self._note_owners()
+                events, counts = self._trace.read([moment for moment, _ in self._notes])
+                owners = [found for _, found in self._notes]
+                self._peak = find_peak(self._trace.standing, events, zip(counts, owners, strict=True))
 
     def breakdown(self, trial: Trial) -> MemoryBreakdown | None:
         """What the window's memory was made of; None where no optimizer stepped in it.
@@ -79,32 +94,50 @@ class WindowRecorder:
         )
 
     @contextlib.contextmanager
-    def _standing_in_for_backward(self) -> Iterator[None]:
+    def _standing_in(self, name: str) -> Iterator[None]:
+        """Note when one of autograd's functions runs."""
         import torch
 
-        backward = torch.autograd.backward
+        function = getattr(torch.autograd, name)
 
-        def noted(*args: Any, **kwargs: Any) -> None:
-            self._depth += 1
-            self._trace.enter_phase("backward")
+        @functools.wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            is_outermost = "backward" not in {self._trace.phase, *self._before}
+            if is_outermost:
+                self._note_owners()
+            self._enter("backward")
             try:
-                backward(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                self._depth -= 1
-                if not self._depth:  # a checkpoint's own backward ends within another
-                    self._trace.enter_phase("forward")
+                self._leave()
+                if is_outermost:
+                    self._note_owners()
 
-        torch.autograd.backward = noted
+        setattr(torch.autograd, name, noted)
         try:
             yield
         finally:
-            torch.autograd.backward = backward
+            setattr(torch.autograd, name, function)
 
-    def _before_step(self, *_: object) -> None:
-        """Note whose the memory is, now that the gradients of the whole window stand."""
-        if self._owned_at is None:
-            self._owners = dict(_owners())
-            self._owned_at = self._trace.enter_phase("step")
+    def _enter(self, phase: Phase) -> None:
+        self._before.append(self._trace.phase)
+        self._trace.enter_phase(phase)
+
+    def _leave(self) -> None:
+        self._trace.enter_phase(self._before.pop() if self._before else "forward")
+
+    def before_step(self, *_: object) -> None:
+        """Note that an optimizer is about to step."""
+        self._note_owners()
+        self._has_stepped = True
+        self._enter("step")
+
+    def after_step(self, *_: object) -> None:
+        """Note that an optimizer has stepped."""
+        self._leave()
+
+    def _note_owners(self) -> None:
+        self._notes.append((self._trace.now(), dict(_owners())))
 
 
 def _owners() -> Iterator[tuple[int, Owner]]:
@@ -117,34 +150,44 @@ def _owners() -> Iterator[tuple[int, Owner]]:
     alive = gc.get_objects()
     parameters = {id(one): one for one in alive if issubclass(type(one), torch.nn.Parameter)}
     for optimizer in (one for one in alive if issubclass(type(one), torch.optim.Optimizer)):
-        for value in _tensors_in(getattr(optimizer, "state", {})):
-            yield _address(value), "optimizer_state"
+        yield from _owned(getattr(optimizer, "state", {}), "optimizer_state")
         groups = getattr(optimizer, "param_groups", ())
         parameters |= {id(one): one for group in groups for one in group["params"]}
     for parameter in parameters.values():
-        if parameter.is_leaf and parameter.grad is not None:
-            yield _address(parameter.grad), "gradients"
-        yield _address(parameter), "parameters"
+        if parameter.is_leaf:
+            yield from _owned(parameter.grad, "gradients")
+        yield from _owned(parameter, "parameters")
 
 
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in an optimizer's state, however it is nested."""
+def _owned(value: object, owner: Owner) -> Iterator[tuple[int, Owner]]:
+    """Addresses of the tensors in a value, however it is nested; of one that wraps others, such as a `DTensor`, of those."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        yield value
+        inner = _wrapped(value)
+        if inner is not None:
+            yield from _owned(inner, owner)
+        elif address := _address(value):
+            yield address, owner
     elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors_in(inner)
+        yield from _owned(list(value.values()), owner)
     elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors_in(inner)
+        for one in value:
+            yield from _owned(one, owner)
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory begins on its device; of a `DTensor`, that of its part; 0 where it has none of its own."""
-    local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    """Where a tensor's memory begins on its device; 0 where it has none, or does not say, as one that is not made yet."""
     try:
-        return local.untyped_storage().data_ptr() if local.is_cuda else 0
-    except (RuntimeError, NotImplementedError):  # a subclass without a storage
+        return tensor.untyped_storage().data_ptr() if tensor.is_cuda else 0
+    except (RuntimeError, NotImplementedError, ValueError):
         return 0
+
+
+def _wrapped(tensor: torch.Tensor) -> list[object] | None:
+    """The tensors that a subclass wraps, as it tells `torch.compile` too; None where it is a plain one."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    names, _ = flatten()
+    return [getattr(tensor, name) for name in names]

@@ -98,13 +98,7 @@ def build_hf(  # noqa: PLR0913 - each is a choice of the user's
         if value:
             positive(**{name: value})
     _check_choices(weights=(weights, ("fp32", "bf16")), checkpointing=(checkpointing, (False, True)))
-    if classes:
-        found.num_labels = classes
-    text = found.get_text_config()
-    if getattr(text, "pad_token_id", None) is None and hasattr(text, "vocab_size"):
-        text.pad_token_id = 0  # a classifier finds the end of a sequence by it
-    if checkpointing:
-        found.use_cache = False
+    _set_in_config(found, classes=classes, image=image, checkpointing=checkpointing)
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     try:
@@ -227,6 +221,19 @@ def _hf_config(transformers: Any, name: str) -> Any:
             else "name a config.json, a folder with one, or a repository of the hub"
         )
         raise UsageError(f"hf:{name} is no configuration of transformers ({first_line(error)}): {hint}") from None
+
+
+def _set_in_config(config: Any, *, classes: int, image: int, checkpointing: bool) -> None:
+    """Set what the model is built by."""
+    if classes:
+        config.num_labels = classes
+    if image and hasattr(config, "image_size"):
+        config.image_size = image  # how many patches there are depends on it
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None and hasattr(text, "vocab_size"):
+        text.pad_token_id = 0  # a classifier finds the end of a sequence by it
+    if checkpointing:
+        config.use_cache = False
 
 
 def _task_of(config: Any, name: str) -> str:

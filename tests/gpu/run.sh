@@ -10,5 +10,5 @@ python=${PYTHON:-python3}
 "$python" -m autobatch doctor --format json >"$out/doctor.json" || true
 "$python" -m pytest -m gpu -p no:cacheprovider --timeout 300 -q tests 2>&1 | tee "$out/pytest.txt"
 for workload in gpt2 resnet50 vit; do
-    "$python" -m autobatch probe "$workload" --target 4096 --memory-limit 16GiB --format json >"$out/$workload.json"
+    "$python" -m autobatch probe "$workload" --target 4096 --memory-limit 16GiB --breakdown --format json >"$out/$workload.json"
 done

@@ -78,3 +78,17 @@ def test_the_library_puts_everything_back_on_the_card():
     report = autobatch.probe(micro_step, optimizer=optimizer, target=1 << 20, restore=[model], memory_limit="8GiB")
     assert autobatch.state_hash([model, optimizer]) == before
     assert report.certified
+
+
+def test_the_memory_is_taken_apart():
+    """The parts sum to the footprint that NVML showed; workspaces of cuBLAS are seen, which an emulated card has too."""
+    import autobatch
+
+    report = autobatch.probe_workload("gpt2?seq_len=512", target=64, max_micro_batch=8, breakdown=True)
+    split = report.breakdown
+    assert split is not None
+    trial = next(one for one in reversed(report.trials) if one.window == split.window)
+    assert split.footprint_bytes == pytest.approx(trial.footprint_bytes, rel=0.02)
+    assert split.parameters_bytes == split.gradients_bytes
+    assert split.optimizer_state_bytes >= 2 * split.parameters_bytes
+    assert split.activations_bytes > 0

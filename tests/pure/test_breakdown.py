@@ -60,9 +60,7 @@ def test_every_owner_is_told_at_the_peak() -> None:
         AllocationEvent(20, 0, "backward"),
         AllocationEvent(70, 80, "step"),
     ]
-    peak = find_peak(
-        {1: 100, 2: 200, 3: 5}, events, {1: "parameters", 2: "optimizer_state", 40: "gradients"}, owned_at=7
-    )
+    peak = find_peak({1: 100, 2: 200, 3: 5}, events, [(7, {1: "parameters", 2: "optimizer_state", 40: "gradients"})])
     assert peak.phase == "backward"
     assert peak.bytes_by_owner == {
         "parameters": 100,
@@ -79,12 +77,19 @@ def test_every_owner_is_told_at_the_peak() -> None:
 def test_an_address_that_is_used_again_belongs_to_who_had_it_at_that_moment() -> None:
     """The gradient stands where an activation stood at the peak."""
     events = [AllocationEvent(9, 500), AllocationEvent(9, 0), AllocationEvent(9, 100, "backward")]
-    peak = find_peak({}, events, {9: "gradients"}, owned_at=3)
+    peak = find_peak({}, events, [(3, {9: "gradients"})])
     assert (peak.phase, peak.bytes_by_owner) == ("forward", {"activations": 500})
 
 
+def test_what_is_known_at_several_moments_counts() -> None:
+    """Gradients that stood before the window, and were let go when the next ones were made."""
+    events = [AllocationEvent(5, 900), AllocationEvent(1, 0), AllocationEvent(2, 100, "backward")]
+    peak = find_peak({1: 100}, events, [(0, {1: "gradients"}), (3, {2: "gradients"})])
+    assert peak.bytes_by_owner == {"gradients": 100, "activations": 900}
+
+
 def test_nothing_happens() -> None:
-    peak = find_peak({1: 10}, [], {1: "parameters"}, owned_at=0)
+    peak = find_peak({1: 10}, [], [(0, {1: "parameters"})])
     assert peak.bytes_by_owner == {"parameters": 10}
 
 
@@ -112,5 +117,5 @@ def test_the_parts_are_always_the_most_that_was_in_use(
     history: tuple[dict[int, int], list[AllocationEvent]], owned_at: int
 ) -> None:
     standing, events = history
-    peak = find_peak(standing, events, {1: "parameters", 2: "gradients"}, owned_at=owned_at)
+    peak = find_peak(standing, events, [(owned_at, {1: "parameters", 2: "gradients"})])
     assert peak.total_bytes == highest_total(standing, events)
