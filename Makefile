@@ -2,6 +2,7 @@
 # make serve   the REST service on this machine
 # make test    run the tests (no GPU needed)
 # make check   lint, format, types
+# make bench   run the benchmarks and write tests/benchmarks/results/ (hours; ARGS=--quick for minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,12 +30,7 @@ check: $(VENV)/.checked
 	$(BIN)/mypy
 
 bench: $(VENV)/.tested
-	$(BIN)/python tests/benchmarks/search_cost.py
-	$(BIN)/python tests/benchmarks/peers_on_curves.py --write
-	$(BIN)/python tests/benchmarks/start_up.py
-	$(BIN)/python tests/benchmarks/plan_rate.py
-	$(BIN)/python tests/benchmarks/accumulator_overhead.py
-	$(BIN)/python tests/benchmarks/store_scale.py --most 10000
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,11 +10,9 @@ is recorded, on emulated cards. `--write` keeps the table under `results/`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import io
-import json
 import logging
 import statistics
 import sys
@@ -23,17 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 from curves import Curve, recorded_curves, search_curve
+from results import Result, markdown_table, run_benchmark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TARGET = 256
 CEILING = 1024
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(kw_only=True)
@@ -223,29 +221,21 @@ def table(rows: list[Row]) -> str:
         "sizes",
         "OOMs",
     )
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    rows_of_text = []
     for row in rows:
         share = f"{row.median_share:.0%}, worst {row.worst_share:.0%}"
         cells = (row.finder, row.exact, row.does_not_train, share, f"{row.median_sizes:g}", f"{row.median_ooms:g}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows_of_text.append(cells)
+    return markdown_table(head, rows_of_text)
 
 
-def main() -> None:
-    """Print the table, and keep it where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three curves")
-    parser.add_argument("--write", action="store_true", help="keep the table under results/")
-    asked = parser.parse_args()
+def measure(*, quick: bool) -> Result:
+    """Run every finder."""
     pairs = pairs_of(recorded_curves())
-    rows = [compare(finder, pairs[:: 7 if asked.quick else 1]) for finder in finders()]
-    print(table(rows))
-    if asked.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "peers_on_curves.md").write_text(table(rows) + "\n")
-        form = [dict(vars(row)) for row in rows]
-        (RESULTS / "peers_on_curves.json").write_text(json.dumps(form, indent=1) + "\n")
+    rows = [compare(finder, pairs[:: 7 if quick else 1]) for finder in finders()]
+    text = f"# Finders on recorded curves of emulated cards\n\n{table(rows)}"
+    return Result(name="peers_on_curves", data=[dict(vars(row)) for row in rows], text=text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_benchmark(measure, __doc__))

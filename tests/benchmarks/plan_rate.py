@@ -1,6 +1,8 @@
 """How many plan queries a second one worker answers, against a bare FastAPI handler in the same run.
 
-Run by hand: `python tests/benchmarks/plan_rate.py`. Both are served by uvicorn in a process of their own and asked over eight
+    python tests/benchmarks/plan_rate.py [--quick] [--write]
+
+Both are served by uvicorn in a process of their own and asked over eight
 connections, in turns, so that a slow moment of the machine meets both. Three kinds of question: the same one again and again, as
 schedulers ask; the same with an ETag (304); and another one each time, which no memory of answers helps. The bars: the rate of
 the same question 0.6 times the bare handler's at least, its 99th percentile 50 ms at most.
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import statistics
 import subprocess
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "server"), str(ROOT / "tests")]
+
+from results import Result, machine, markdown_table, run_benchmark
+
 CONNECTIONS = 8
 ROUNDS = 5
 RATIO_BAR = 0.6
@@ -153,7 +158,7 @@ def etag(port: int, headers: str) -> str:
     return next(line.partition(": ")[2] for line in head.split("\r\n") if line.lower().startswith("etag"))
 
 
-def measure(seconds: float) -> dict[str, dict[str, float]]:
+def rates(seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """Median rates and 99th percentiles over the rounds."""
     with (
         tempfile.TemporaryDirectory() as name,
@@ -171,36 +176,59 @@ def measure(seconds: float) -> dict[str, dict[str, float]]:
         for port, paths, headers in kinds.values():
             load(port, paths, headers, 0.5)  # warm
         found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for kind, (port, paths, headers) in kinds.items():
                 found[kind].append(load(port, paths, headers, seconds))
     return {
         kind: {
-            "per_second": statistics.median(len(one) / seconds for one in rounds),
-            "p50_ms": 1e3 * statistics.median(sorted(one)[len(one) // 2] for one in rounds),
-            "p99_ms": 1e3 * statistics.median(sorted(one)[int(len(one) * 0.99)] for one in rounds),
+            "per_second": statistics.median(len(one) / seconds for one in times),
+            "p50_ms": 1e3 * statistics.median(sorted(one)[len(one) // 2] for one in times),
+            "p99_ms": 1e3 * statistics.median(sorted(one)[int(len(one) * 0.99)] for one in times),
         }
-        for kind, rounds in found.items()
+        for kind, times in found.items()
     }
 
 
-def main() -> int:
-    figures = measure(2.0)
+def measure(*, quick: bool) -> Result:
+    """Load both."""
+    figures = rates(0.3 if quick else 2.0, 1 if quick else ROUNDS)
     bare = figures["bare"]["per_second"]
     for kind in figures:
         figures[kind]["ratio"] = figures[kind]["per_second"] / bare
-    shown = {kind: {name: round(value, 3) for name, value in row.items()} for kind, row in figures.items()}
-    sys.stdout.write(json.dumps(shown, indent=2) + "\n")
-    ratio, slowest = figures["same"]["ratio"], figures["same"]["p99_ms"]
-    sys.stdout.write(
-        f"/v1/plan answers at {ratio:.2f} of a bare handler's rate (the bar is {RATIO_BAR:g}), 99 % within {slowest:.1f} ms "
-        f"(the bar is {PERCENTILE_BAR_MS:g}), over {CONNECTIONS} connections\n"
+    named = {
+        "bare": "a bare FastAPI handler",
+        "same": "the same question again",
+        "same_etag": "the same with an ETag",
+        "distinct": "another question each time",
+    }
+    rows = [
+        (
+            named[kind],
+            f"{one['per_second']:,.0f}",
+            f"{one['ratio']:.2f}",
+            f"{one['p50_ms']:.2f}",
+            f"{one['p99_ms']:.2f}",
+        )
+        for kind, one in figures.items()
+    ]
+    head = ("`GET /v1/plan`", "a second", "against bare", "median (ms)", "99 % within (ms)")
+    text = (
+        f"# The service's rate and latency\n\n{machine()}; one worker, {CONNECTIONS} connections, the client on the same cores. "
+        f"The bars: {RATIO_BAR:g} of the bare handler for the same question, 99 % within {PERCENTILE_BAR_MS:g} ms.\n\n"
+        f"{markdown_table(head, rows)}"
     )
-    return 0 if ratio >= RATIO_BAR and slowest <= PERCENTILE_BAR_MS else 1
+    ratio, slowest = figures["same"]["ratio"], figures["same"]["p99_ms"]
+    misses = []
+    if not quick and ratio < RATIO_BAR:
+        misses.append(f"{ratio:.2f} of a bare handler's rate, the bar is {RATIO_BAR:g}")
+    if not quick and slowest > PERCENTILE_BAR_MS:
+        misses.append(f"99 % within {slowest:.1f} ms, the bar is {PERCENTILE_BAR_MS:g}")
+    shown = {kind: {name: round(value, 3) for name, value in one.items()} for kind, one in figures.items()}
+    return Result(name="plan_rate", data={"machine": machine(), **shown}, text=text, misses=tuple(misses))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
-        sys.exit(main())
+        sys.exit(run_benchmark(measure, __doc__))

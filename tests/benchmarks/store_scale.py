@@ -1,6 +1,8 @@
 """How the answer to a question, and the space of a measurement, change with how many measurements are stored.
 
-Run by hand: `python tests/benchmarks/store_scale.py [--postgresql] [--most N]`. A database is filled in steps to a hundred, ten
+    python tests/benchmarks/store_scale.py [--postgresql] [--most N] [--quick] [--write]
+
+A database is filled in steps to a hundred, ten
 thousand and a million measurements: workloads × cards × targets. At each step questions are put to the library call that the
 service answers by, from the database each time and on jobs drawn at random, and probes go through the queue. The bar: a question
 takes at most 1.5 times as long among a million as among a hundred, so that its time does not grow with them.
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import statistics
 import sys
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "server"), str(ROOT / "tests")]
 
+from results import Result, add_flags, finish, machine, markdown_table
 from service_fakes import make_report
 from sqlalchemy import insert, text
 
@@ -127,11 +129,41 @@ def measure(url: str, path: Path | None, most: int) -> list[dict[str, Any]]:
     return rows
 
 
+def result(rows: list[dict[str, Any]], *, quick: bool, postgresql: bool) -> Result:
+    """Put the steps together."""
+    for row in rows:
+        row["ratio"] = row["question_us"] / rows[0]["question_us"]
+    shown = [{name: round(value, 2) for name, value in row.items()} for row in rows]
+    head = ("measurements", "a question (µs)", "against the first", "99 % within (µs)", "probes a second", "bytes each")
+    table = markdown_table(
+        head,
+        [
+            (
+                f"{row['measurements']:,}",
+                f"{row['question_us']:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['question_p99_us']:.0f}",
+                f"{row['probes_per_second']:.0f}",
+                f"{row['bytes_per_measurement']:,.0f}",
+            )
+            for row in rows
+        ],
+    )
+    database = "PostgreSQL" if postgresql else "SQLite"
+    worst = max(row["ratio"] for row in rows)
+    text = f"# The store as it grows, on {database}\n\n{machine()}. The bar for the ratio is {BAR:g}.\n\n{table}"
+    misses = () if worst <= BAR or quick else (f"a question takes {worst:.2f} times as long, the bar is {BAR:g}",)
+    name = "store_scale_postgresql" if postgresql else "store_scale"
+    return Result(name=name, data={"machine": machine(), "steps": shown}, text=text, misses=misses)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_flags(parser)
     parser.add_argument("--postgresql", action="store_true", help="on a PostgreSQL of its own rather than on SQLite")
-    parser.add_argument("--most", type=int, default=STEPS[-1], help="measurements to stop at")
+    parser.add_argument("--most", type=int, default=10_000, help=f"measurements to stop at, up to {STEPS[-1]:,}")
     asked = parser.parse_args()
+    most = STEPS[0] if asked.quick else asked.most
     with contextlib.ExitStack() as stack:
         if asked.postgresql:
             from service_databases import PostgresServer
@@ -140,18 +172,8 @@ def main() -> int:
         else:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store.sqlite3"
             url = f"sqlite:///{path}"
-        rows = measure(url, path, asked.most)
-    for row in rows:
-        row["ratio"] = row["question_us"] / rows[0]["question_us"]
-    sys.stdout.write(
-        json.dumps([{name: round(value, 2) for name, value in row.items()} for row in rows], indent=2) + "\n"
-    )
-    worst = max(row["ratio"] for row in rows)
-    sys.stdout.write(
-        f"a question among {rows[-1]['measurements']} measurements takes {worst:.2f} times as long at most as among "
-        f"{rows[0]['measurements']} (the bar is {BAR:g})\n"
-    )
-    return 0 if worst <= BAR else 1
+        rows = measure(url, path, most)
+    return finish(result(rows, quick=asked.quick, postgresql=asked.postgresql), asked)
 
 
 if __name__ == "__main__":
