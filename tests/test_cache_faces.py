@@ -50,6 +50,7 @@ def notes(events: list[ProbeEvent]) -> list[str]:
     return [event.text for event in events if isinstance(event, Noted)]
 
 
+@pytest.mark.slow
 def test_a_second_probe_takes_one_trial_and_a_changed_job_all_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_run_that_ran_out_of_memory_ends_with_the_same_weights() -> None:
     assert run["difference"] <= 1e-12
 
 
+@pytest.mark.slow
 def test_a_language_model_on_two_ranks_equals_one_process() -> None:
     """Token weights give the full batch's gradient on both ranks; equal weights are far from it."""
     ranks = figures("language_model_on_two_ranks")

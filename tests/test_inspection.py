@@ -63,6 +63,7 @@ def tidy(scripts: ScriptRunner, tmp_path_factory: pytest.TempPathFactory) -> Rep
     return probe(scripts, tmp_path_factory.mktemp("tidy"), "tidy")
 
 
+@pytest.mark.slow
 def test_a_job_that_keeps_its_outputs_is_told_that_it_leaks(leaking: Report) -> None:
     """What it keeps of each trial, and by the graph what that was made from, is there when the next one begins."""
     starts = [trial.held_at_start_bytes for trial in leaking.trials]

@@ -242,6 +242,7 @@ def test_ways_to_train(scripts: ScriptRunner, folder: Path) -> None:
     assert answer["events"] > 0
 
 
+@pytest.mark.slow
 def test_an_answer_stands_where_it_cannot_be_taken_apart(folder: Path) -> None:
     """A job that fails in the trial more: its plan is not lost, and the report says why."""
     (folder / "once.py").write_text(

@@ -64,6 +64,7 @@ def test_a_job_on_another_device_than_the_one_measured_is_refused(answers):
     assert "--device" in answers["second"]["refused"]
 
 
+@pytest.mark.slow
 def test_expandable_segments_are_searched_to_their_own_maximum(scripts: ScriptRunner):
     """With expandable segments the answer is that of brute force without any cap, above what a fraction would allow."""
     variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

@@ -135,6 +135,7 @@ def test_a_configuration_is_known_by_its_content_and_the_librarys_version(monkey
     assert workload_identity("hf:llama.json").job != identity.job
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libraries")
 def test_a_language_model_by_its_configuration() -> None:
     """Certified, and called by its name."""

@@ -40,7 +40,8 @@ def pairs(peers: ModuleType) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("lightning", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lightning", [False, True])
 def test_ours_is_exact_and_others_are_driven_to_real_errors(
     peers: ModuleType, pairs: list[Any], *, lightning: bool
 ) -> None:

@@ -181,6 +181,7 @@ def test_what_has_no_meaning_is_refused_before_anything_starts(more: dict[str, A
         autobatch.placements("gpt2", **{"target": 16, **more})
 
 
+@pytest.mark.slow
 def test_the_command_line_ranks_prices_and_draws(jobs: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two processes; JSON that reads back; the second time from the cache, by one trial a card; a table with prices."""
     words = ["rank", f"{jobs}:job", "--target", "16384", "--multiple-of", "2048", "--gpu", "nvidia l4:2", "--gpu", "T4"]

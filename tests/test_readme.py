@@ -118,6 +118,7 @@ def test_the_job_example_makes_gradients(own_words: dict[str, Any]):
     assert own_words["gradients"]
 
 
+@pytest.mark.slow
 def test_the_example_of_several_ranks_runs(scripts: ScriptRunner, tmp_path: Path):
     """Two ranks under torchrun on cards that differ: one plan, of the smaller card, said once."""
     path = tmp_path / "train_ranks.py"

@@ -127,6 +127,7 @@ def run_probe(*arguments: str, environment: dict[str, str] | None = None) -> sub
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_and_draws(service: RunningService, tmp_path: Path) -> None:
     """One probe, printed, drawn and reported; the service then answers the same plan."""
     plot = tmp_path / "curve.svg"

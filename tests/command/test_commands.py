@@ -145,6 +145,7 @@ def test_a_users_own_sitecustomize_runs(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_run_probes_and_trains(tmp_path: Path) -> None:
     """The command starts for real with the plan in place, to its own end, output, files and status."""
     output = tmp_path / "output"

@@ -161,6 +161,7 @@ def test_the_annotations_of_the_example_are_those_that_are_read() -> None:
     assert (question.split, question.basis, question.sets_affinity) == ("balanced", "measured", False)
 
 
+@pytest.mark.slow
 def test_a_training_probes_first_and_then_trains(libraries: Libraries, tmp_path: Path) -> None:
     """The manifest's own code and commands, with its volumes as folders: the first container's plan is the second one's."""
     code = of_kind("probe-then-train.yaml", "ConfigMap")["data"]

@@ -314,7 +314,9 @@ def stopped(server: PostgresServer) -> Iterator[None]:
         server.start()
 
 
-@pytest.mark.parametrize("outage", ["locked", "moved", "emptied", "full", "stopped"])
+@pytest.mark.parametrize(
+    "outage", [pytest.param("locked", marks=pytest.mark.slow), "moved", "emptied", "full", "stopped"]
+)
 def test_the_service_outlives_its_database(outage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """While it takes no writes: 503 with Retry-After, not ready, alive. A running probe goes on; all recovers by itself."""
     folder = request.getfixturevalue("tiny_folder") if outage == "full" else tmp_path / "data"
