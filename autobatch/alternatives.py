@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import AutobatchError, NothingFitsError, UsageError
+from autobatch.gpu.allocator import ALLOCATOR_VARIABLES, allocator_settings
 from autobatch.options import ProbeOptions
 from autobatch.report import Alternative
 from autobatch.workload.judging import first_line
@@ -30,8 +31,6 @@ _ELSEWHERE = {
     "target": "another target is another question: probe with --target",
     "objective": "another objective is another question: probe with --objective",
 }
-# torch reads the first from 2.9 on, and the second where the first is not there.
-_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +59,9 @@ class Change:
         """The environment's variables with the allocator's setting in place."""
         if not self.allocator_setting:
             return dict(before)
-        given = next((before[name] for name in _ALLOCATOR_VARIABLES if before.get(name)), "")
+        given = allocator_settings(before)
         kept = [one for one in given.split(",") if one and not one.startswith(EXPANDABLE_SEGMENTS)]
-        return {**before, **dict.fromkeys(_ALLOCATOR_VARIABLES, ",".join([*kept, self.allocator_setting]))}
+        return {**before, **dict.fromkeys(ALLOCATOR_VARIABLES, ",".join([*kept, self.allocator_setting]))}
 
 
 def parse_change(text: str) -> Change:

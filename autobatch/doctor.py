@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autobatch.errors import AutobatchError
+from autobatch.gpu.allocator import allocator_settings
 
 __all__ = ["Finding", "examine", "has_way_to_probe"]
 
@@ -86,7 +87,7 @@ def _gpu() -> Finding:
 
 
 def _allocator() -> Finding:
-    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    settings = allocator_settings(os.environ)
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         return Finding(what="allocator", ok=False, found="PYTORCH_NO_CUDA_MEMORY_CACHING is set", mend="unset it")
     if "backend:cudaMallocAsync" in settings.replace(" ", ""):

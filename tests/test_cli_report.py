@@ -141,7 +141,6 @@ class Outlets:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, found: Report) -> None:
         monkeypatch.setattr(Subject, "probe", lambda *_, **__: found)
         monkeypatch.setattr("autobatch.cli.probe._check_card", lambda _: None)
-        self.monkeypatch = monkeypatch
 
     def run(self, *arguments: str) -> int:
         return main(["probe", "gpt2", "--target", "256", "--emulate", "A100-40GB", *arguments])

@@ -7,6 +7,7 @@ import io
 import re
 
 import pytest
+import reports
 from rich.console import Console, RenderableType
 
 from autobatch.cli.output import write_view
@@ -60,29 +61,18 @@ TRIALS = (
 
 
 def report(**changes: object) -> Report:
-    options = ProbeOptions(target=256, split="balanced")
-    whole = Report(
-        basis="emulated",
-        workload=MARKUP,
-        fingerprint="0" * 16,
-        plan=options.make_plan(37),
-        objective="max",
-        measured_at="2026-11-20T11:00:00Z",
-        micro_batches_per_step=2,
-        max_micro_batch_size=37,
-        smallest_failing=38,
-        ceiling_reached=False,
-        monotone=True,
-        device=DEVICE,
-        memory=MEMORY,
-        trials=TRIALS,
-        versions=Versions(autobatch="0", torch="2", cuda="13"),
-        options=options,
-        certified=True,
-        not_modelled=("NCCL buffers [all]",),
-        expected_error="peak memory within about 0.4 %",
+    return reports.report(
+        **{
+            "workload": MARKUP,
+            "device": DEVICE,
+            "memory": MEMORY,
+            "trials": TRIALS,
+            "versions": Versions(autobatch="0", torch="2", cuda="13"),
+            "not_modelled": ("NCCL buffers [all]",),
+            "expected_error": "peak memory within about 0.4 %",
+            **changes,
+        }
     )
-    return dataclasses.replace(whole, **changes)  # type: ignore[arg-type]  # the caller names fields
 
 
 def rendered(view: RenderableType, width: int) -> str:

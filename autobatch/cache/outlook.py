@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from autobatch.emulator.machine import DRIVER_VERSION
 from autobatch.errors import AutobatchError
+from autobatch.gpu.allocator import allocator_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,8 +72,3 @@ def look_at_device(options: ProbeOptions, environment: Mapping[str, str]) -> Out
             )
     except AutobatchError:  # told in full by what opens the device
         return None
-
-
-def allocator_settings(environment: Mapping[str, str]) -> str:
-    """The caching allocator's settings; empty for the default."""
-    return environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF", "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from autobatch.emulator.machine import DRIVER_VERSION
 from autobatch.errors import NoGpuError, UsageError
 from autobatch.facts import DeviceFacts
+from autobatch.gpu.allocator import allocator_settings
 from autobatch.gpu.memory import CudaMemory
 from autobatch.gpu.nvml import NvmlSession
 from autobatch.report import Device, Memory
@@ -114,8 +115,7 @@ def open_device(options: ProbeOptions) -> Iterator[OpenDevice]:
                 ),
                 torch_version=torch_version,
                 cuda_version=cuda_version,
-                allocator_settings=os.environ.get("PYTORCH_ALLOC_CONF")
-                or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+                allocator_settings=allocator_settings(os.environ),
             )
             yield OpenDevice(ordinal=ordinal, facts=facts, memory=cuda_memory)
 

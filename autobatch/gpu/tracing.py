@@ -115,7 +115,7 @@ class AllocatorTrace:
         return traces[self._ordinal] if self._ordinal < len(traces) else []
 
     def _event(self, entry: Mapping[str, Any]) -> AllocationEvent:
-        began = bisect.bisect_right([moment for moment, _ in self._phases], entry["time_us"])
+        began = bisect.bisect_right(self._phases, entry["time_us"], key=lambda noted: noted[0])
         phase = self._phases[max(0, began - 1)][1]
         if entry["action"] != "alloc":
             return AllocationEvent(entry["addr"], 0, phase)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autobatch.present.axes import dress_axes, dress_size_axis
 from autobatch.present.curve_marks import size_marks
 from autobatch.present.curve_parts import GIB, fitted_line, has_height, memory_bands
 from autobatch.present.curve_symbols import bar_looks, dress_point, legend_columns, legend_handles
@@ -57,7 +58,6 @@ class Picture:
         ran_out = any(not has_height(trial) for trial in report.trials)
         self._top_gib = highest / GIB / (1 - _STRIP if ran_out else 0.985)
         largest = max((*(trial.micro_batch_size for trial in report.trials), report.smallest_failing or 1))
-        self._largest_x = largest + max(0.6, 0.06 * largest)
         self._bands = memory_bands(report, theme)
         words = wrapped(certificate_words(report), TEXT_POINTS, _WIDTH - 2 * _EDGE)
         foot = [shortened(line, SMALL_POINTS, _WIDTH - 2 * _EDGE) for line in foot_lines(report)]
@@ -73,6 +73,7 @@ class Picture:
         self._height = self._bottom + _AXES_HEIGHT + head
         self.figure: Figure = Figure(figsize=(_WIDTH / 72, self._height / 72), dpi=72, facecolor=theme.background)
         self._axes = self._add_axes()
+        self._largest_x = dress_size_axis(self._axes, theme, largest)
         self._draw_bands()
         self._draw_fit()
         self._draw_marks()
@@ -83,28 +84,17 @@ class Picture:
         self._draw_legend(handles, columns, _EDGE + len(foot) * 11 + 4)
 
     def _add_axes(self) -> Axes:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
+        from matplotlib.ticker import MaxNLocator
 
         theme = self._theme
         box = (_LEFT / _WIDTH, self._bottom / self._height, self._axes_width / _WIDTH, _AXES_HEIGHT / self._height)
         axes = self.figure.add_axes(box, facecolor="none")
-        axes.set_xlim(0, self._largest_x)
         axes.set_ylim(0, self._top_gib)
-        # Linear however large the sizes are: memory is nearly affine in them, and only so is that seen.
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
         ceiling = self._report.device.total_bytes / GIB
         ticks = MaxNLocator(nbins=7, steps=[1, 2, 4, 5, 8, 10]).tick_values(0, ceiling)
         axes.set_yticks([tick for tick in ticks if 0 <= tick <= ceiling * 1.001])
-        axes.tick_params(colors=theme.muted, labelsize=TEXT_POINTS, length=3)
-        axes.set_xlabel("micro-batch size (samples)", color=theme.ink, fontsize=TEXT_POINTS, labelpad=4)
         axes.set_ylabel("memory (GiB)", color=theme.ink, fontsize=TEXT_POINTS, labelpad=4)
-        axes.grid(axis="y", color=theme.grid, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for name, spine in axes.spines.items():
-            spine.set_visible(name in ("left", "bottom"))
-            spine.set_color(theme.muted)
-            spine.set_linewidth(0.8)
+        dress_axes(axes, theme, grid="y", spines=("left", "bottom"))
         return axes
 
     def _draw_bands(self) -> None:

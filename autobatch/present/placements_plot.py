@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autobatch.gpu.catalogue import find_card
+from autobatch.present.axes import dress_axes
 from autobatch.present.curve_parts import GIB
 from autobatch.present.placements import cards_text, plan_words
 from autobatch.present.text_layout import SMALL_POINTS, TEXT_POINTS, TITLE_POINTS, drawable, shortened, text_width
@@ -73,15 +74,9 @@ def placements_figure(table: PlacementTable, theme: Theme) -> Figure:
 def _dress(axes: Axes, names: list[str], theme: Theme) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names, fontsize=TEXT_POINTS, color=theme.ink)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", colors=theme.muted, labelsize=TEXT_POINTS, length=3)
+    dress_axes(axes, theme, grid="x", spines=("bottom",))
+    axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
     axes.set_xlabel("memory of one card (GiB)", color=theme.ink, fontsize=TEXT_POINTS, labelpad=3)
-    axes.grid(axis="x", color=theme.grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color(theme.muted)
-        spine.set_linewidth(0.8)
 
 
 def _draw_bar(axes: Axes, row: int, one: Placement, total_gib: float, theme: Theme) -> None:

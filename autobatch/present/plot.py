@@ -100,9 +100,7 @@ def report_svg(report: Report, *, theme: Literal["light", "dark"] = "light") -> 
         UsageError: there is no such theme.
         UnavailableError: matplotlib is not installed.
     """
-    if theme not in THEMES:
-        raise UsageError(f"theme {theme!r} is none of {', '.join(THEMES)}")
-    _require_matplotlib()
+    _check_theme(theme)
     return _rendered_svg(report, theme, opaque=False).decode()
 
 
@@ -139,9 +137,7 @@ def throughput_svg(report: Report, *, theme: Literal["light", "dark"] = "light")
         UsageError: there is no such theme.
         UnavailableError: matplotlib is not installed.
     """
-    if theme not in THEMES:
-        raise UsageError(f"theme {theme!r} is none of {', '.join(THEMES)}")
-    _require_matplotlib()
+    _check_theme(theme)
     return _throughput_svg(report, theme, opaque=False).decode()
 
 
@@ -156,6 +152,12 @@ def _throughput_svg(report: Report, theme: str, *, opaque: bool) -> bytes:
         hints={},
         opaque=opaque,
     )
+
+
+def _check_theme(theme: str) -> None:
+    if theme not in THEMES:
+        raise UsageError(f"theme {theme!r} is none of {', '.join(THEMES)}")
+    _require_matplotlib()
 
 
 def _require_matplotlib() -> None:

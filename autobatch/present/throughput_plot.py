@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autobatch.present.axes import dress_axes, dress_size_axis
 from autobatch.present.curve_words import title_words
 from autobatch.present.text_layout import SMALL_POINTS, TEXT_POINTS, TITLE_POINTS, drawable, wrapped
 from autobatch.throughput import batch_time, describe_times
@@ -119,23 +120,13 @@ def throughput_figure(report: Report, theme: Theme) -> Figure:
 
 
 def _dress(axes: Axes, speeds: Sequence[Speed], theme: Theme) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
-    largest = max((one.micro_batch_size for one in speeds), default=1)
-    axes.set_xlim(0, largest + max(0.6, 0.06 * largest))
+    dress_size_axis(axes, theme, max((one.micro_batch_size for one in speeds), default=1))
     axes.set_ylim(0, 1.08 * max((one.high for one in speeds), default=1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.4g}"))
-    axes.tick_params(colors=theme.muted, labelsize=TEXT_POINTS, length=3)
-    axes.set_xlabel("micro-batch size (samples)", color=theme.ink, fontsize=TEXT_POINTS, labelpad=4)
     axes.set_ylabel("samples per second, one rank", color=theme.ink, fontsize=TEXT_POINTS, labelpad=4)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(theme.muted)
-        spine.set_linewidth(0.8)
+    dress_axes(axes, theme, grid="y", spines=("left", "bottom"))
 
 
 def _draw(axes: Axes, speeds: Sequence[Speed], theme: Theme) -> None:

@@ -19,7 +19,7 @@ __all__ = ["Goal", "Way", "describe_missing", "next_goal", "ways_to"]
 
 
 _EXPANDABLE = (
-    "joins memory that lies in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before torch 2.9); "
+    "joins memory that lies in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (newer torch: PYTORCH_ALLOC_CONF too); "
     "--what-if expandable_segments tries it"
 )
 

@@ -34,6 +34,13 @@ def start(mark: str, **variables: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal; before the program has come to that, Python's default ends it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -61,7 +68,10 @@ def test_a_signal_at_random_moments(number: signal.Signals) -> None:
     for moment in range(4 if number == signal.SIGINT else 3):
         mark = f"{os.getpid()}-{number}-{moment}"
         probe = start(mark)
-        time.sleep(draw.uniform(1.5, 6.0))  # before, the interpreter may not have come to the program yet
+        deadline = time.monotonic() + 30
+        while not handles(probe.pid, signal.SIGTERM) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 6.0))
         probe.send_signal(number)
         assert probe.wait(20) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
         assert marked(mark) == []
