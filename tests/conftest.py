@@ -29,7 +29,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Runs a script as `python script.py` does, and ends with its last line. The interpreter's own way out can abort where backward
 # ran on a card shortly before: torch's thread then lets go of a Python object too late (seen with torch 2.15, one run in some).
-_TO_ITS_LAST_LINE = """
+TO_ITS_LAST_LINE = """
 import os, runpy, sys
 del sys.argv[0]
 sys.path[0] = os.path.dirname(sys.argv[0])
@@ -101,7 +101,7 @@ class ScriptRunner:
         """Run a script to its end on a machine of its own, and read the JSON that it prints last."""
         with self.open(*cards, tenant_bytes=tenant_bytes) as machine:
             process = self.start(
-                machine, script, *arguments, variables=variables, python=python, options=("-c", _TO_ITS_LAST_LINE)
+                machine, script, *arguments, variables=variables, python=python, options=("-c", TO_ITS_LAST_LINE)
             )
             output, errors = process.communicate(timeout=240)
             assert process.returncode == 0, f"{script.name} ended with {process.returncode}\n{errors[-4000:]}"

@@ -96,15 +96,21 @@ class Rows(Dataset[torch.Tensor]):
         return torch.zeros(1)
 
 
-def ours(headroom: str, workload: str) -> dict[str, Any]:
+def ours(headroom: str, workload: str, limit_bytes: int | None = None) -> dict[str, Any]:
     """The probe of the command line, whose trials run in a process of their own, as the training afterwards does.
+
+    Args:
+        headroom: what it leaves free.
+        workload: the training job's name.
+        limit_bytes: the size of a smaller card that stands in for this one; None for the card itself.
 
     Returns:
         Its answer, the sizes that it tried, steps, and how often it ran out of memory.
     """
     import autobatch
 
-    report = autobatch.probe_workload(workload, target=TARGET, headroom=headroom)
+    limit = None if limit_bytes is None else f"{limit_bytes}B"
+    report = autobatch.probe_workload(workload, target=TARGET, headroom=headroom, memory_limit=limit)
     return {
         "answer": report.max_micro_batch_size,
         "sizes": [trial.micro_batch_size for trial in report.trials],

@@ -4,7 +4,9 @@ Each request is run in a fork of its own that has not touched CUDA: the card is 
 are the same for all, are done once, before.
 
     {"job": NAME, "find": FINDER}                  -> {"answer", "sizes", "steps", "ooms", "seconds", "error"}
-    {"job": NAME, "train": SIZE, "steps": STEPS}   -> {"survives", "flushes", "error"}
+    {"job": NAME, "train": SIZE, "steps": STEPS}   -> {"survives", "flushes", "error", "seconds"}
+
+`limit_bytes` beside them lets either have only so much of the card, and `within` only so many seconds.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ def find(request: dict[str, Any]) -> dict[str, Any]:
     """Let a finder find."""
     if request["find"] in OURS:
         began = time.perf_counter()
-        found = ours(OURS[request["find"]], request["job"])
+        found = ours(OURS[request["find"]], request["job"], request.get("limit_bytes"))
         return {**found, "seconds": time.perf_counter() - began, "error": ""}
     name = WorkloadName.parse(request["job"])
+    stand_in(request.get("limit_bytes"))
     job = Halves(make_job(name, load_factory(name)))
     finder, error, answer = request["find"], "", None
     began = time.perf_counter()
@@ -72,7 +75,9 @@ def find(request: dict[str, Any]) -> dict[str, Any]:
 def train(request: dict[str, Any]) -> dict[str, Any]:
     """Train with micro-batches of a size, accumulating to the target, for so many optimizer steps."""
     name = WorkloadName.parse(request["job"])
+    stand_in(request.get("limit_bytes"))
     job = make_job(name, load_factory(name))
+    began = time.perf_counter()
     (optimizer,) = job.optimizers()
     whole, rest = divmod(TARGET, request["train"])
     sizes = [request["train"]] * whole + [rest] * bool(rest)
@@ -83,11 +88,28 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
                 job.micro_step(size)
             optimizer.step()
         except torch.OutOfMemoryError as error:
-            return {"survives": False, "step": step, "flushes": 0, "error": str(error).partition(". GPU ")[0]}
+            reason = str(error).partition(". GPU ")[0]
+            return {
+                "survives": False,
+                "step": step,
+                "flushes": 0,
+                "error": reason,
+                "seconds": time.perf_counter() - began,
+            }
         optimizer.zero_grad()
         if step == 1:
             flushes = -_flushes()
-    return {"survives": True, "flushes": flushes + _flushes(), "error": ""}
+    torch.cuda.synchronize()
+    return {"survives": True, "flushes": flushes + _flushes(), "error": "", "seconds": time.perf_counter() - began}
+
+
+def stand_in(limit_bytes: int | None) -> None:
+    """Let this process have no more of the card than a smaller one would have, its context included."""
+    if limit_bytes is None:
+        return
+    free, total = torch.cuda.mem_get_info(0)
+    context = total - free  # nobody else is on the card
+    torch.cuda.set_per_process_memory_fraction((limit_bytes - context) / total, 0)
 
 
 def _flushes() -> int:
@@ -109,7 +131,8 @@ def in_a_fork(request: dict[str, Any]) -> dict[str, Any]:
             pipe.write(json.dumps(answer))
         os._exit(0)
     os.close(write_end)
-    deadline = time.monotonic() + LIMIT_SECONDS
+    limit_seconds = min(LIMIT_SECONDS, request.get("within", LIMIT_SECONDS))
+    deadline = time.monotonic() + limit_seconds
     pieces = []
     with contextlib.closing(os.fdopen(read_end, "rb", buffering=0)) as pipe:
         while True:
@@ -125,7 +148,7 @@ def in_a_fork(request: dict[str, Any]) -> dict[str, Any]:
     if not pieces:
         why = f"ended by itself with status {os.waitstatus_to_exitcode(status)}"
         if time.monotonic() >= deadline:
-            why = f"took more than {LIMIT_SECONDS:g} s"
+            why = f"took more than {limit_seconds:.0f} s"
         return {"error": why, "answer": None, "survives": False, "sizes": [], "steps": 0, "ooms": 0, "seconds": 0.0}
     answer = json.loads(b"".join(pieces))
     return dict(answer)

@@ -82,16 +82,18 @@ DEEPSPEED_PAIRS = ((JOBS[0], CARDS[0]),)
 
 
 class Card:
-    """A process on an emulated card that runs what is asked of it, one thing at a time."""
+    """A process on a card that runs what is asked of it, one thing at a time."""
 
-    def __init__(self, name: str, python: str, log: Path) -> None:
+    def __init__(self, name: str, python: str, log: Path, *, is_emulated: bool = True) -> None:
+        """Start it; where the card is not emulated, it is the one of this machine, whatever its name."""
         self.name, self.python = name, python
         script = str(Path(__file__).with_name("peer_trials.py"))
         environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}", "YOLO_CONFIG_DIR": str(log.parent)}
         environment |= {"AUTOBATCH_CACHE": str(log.parent / "cache.db"), "OMP_NUM_THREADS": "1"}
         self._log = log.open("w")
+        emulation = [sys.executable, "-m", "autobatch", "emulate", name, "--"] if is_emulated else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autobatch", "emulate", name, "--", python, script],
+            [*emulation, python, script],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,0 +1,468 @@
+"""Record what training takes of a card, and the same on an emulated one, to hold the two side by side.
+
+    python tests/gpu/fidelity.py OUT.json.gz [--seconds S] [--resume FILE] [--quick]
+
+For each workload, precision and setting of the allocator, in a process of its own: what lies outside the allocator before and
+after the first step; eight sizes on the whole card; each event of the allocator in one window of two sizes; and under caps that
+stand in for smaller cards the largest size, with every trial that led to it. A trial is the probe's own: three windows of two
+micro-batches with their optimizer steps.
+
+It ends within `--seconds`: what is not reached is listed, and `--resume` goes on from there. emulated.py has the same trials run
+again in the same order on an emulated card, where its own search for the largest size then goes on from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from recordings import GIB, machine_facts, read_recording, say, write_recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from autobatch import TrainingJob, Trial
+
+WORKLOADS = ("gpt2", "resnet50", "vit")
+MORE = ("hf:gpt2?task=causal-lm&seq_len=512", "hf:bert?task=masked-lm&seq_len=512", "timm:convnext_tiny")
+"""Models of libraries, after all the others: they need transformers and timm."""
+ALLOCATORS = {"default": "", "expandable_segments": "expandable_segments:True"}
+PRECISIONS = ("bf16", "fp32")
+CAPS: tuple[int | None, ...] = (16, 24, 40, 80, None)
+"""In GiB; None is the card as it is."""
+QUICK = "gpt2?seq_len=512&layers=2&width=256&heads=4&vocab=8192"
+COLUMNS = (
+    "micro_batch_size",
+    "outcome",
+    "steps",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "footprint_bytes",
+    "alloc_retries",
+    "held_bytes",
+    "gradient_bytes",
+    "largest_segment_bytes",
+    "oom_request_bytes",
+    "seconds_per_step",
+)
+_CURVE_BYTES = 20 * GIB
+_CURVE_SIZES = 8
+_LONGEST_END = 30.0
+"""Seconds that a process may take beyond its time: the trial that runs then is let end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one process records."""
+
+    workload: str
+    precision: str
+    allocator: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload}, {self.precision}, {self.allocator}"
+
+    @property
+    def job(self) -> str:
+        """The workload's name with the precision in it."""
+        return f"{self.workload}{'&' if '?' in self.workload else '?'}precision={self.precision}"
+
+
+def settings(*, quick: bool) -> list[Setting]:
+    """All of them, what tells most first."""
+    groups = [(QUICK,)] if quick else [WORKLOADS, MORE]
+    precisions = PRECISIONS[:1] if quick else PRECISIONS
+    return [
+        Setting(workload=workload, precision=precision, allocator=allocator)
+        for group in groups
+        for allocator in ALLOCATORS
+        for precision in precisions
+        for workload in group
+    ]
+
+
+# ---- in the process of one setting ---------------------------------------------------------------
+
+
+class Recorder:
+    """Records one setting in this process."""
+
+    def __init__(self, setting: Setting, deadline: float, like: Mapping[str, Any], emit: Callable[..., None]) -> None:
+        from autobatch.workload.loader import WorkloadName, load_factory
+
+        self._name = WorkloadName.parse(setting.job)
+        self._factory = load_factory(self._name)
+        self._deadline, self._like, self._emit = deadline, like, emit
+        self._known: list[Trial] = []
+        self._longest = 0.0
+        self.is_timed = not os.environ.get("AUTOBATCH_EMULATED_GPU")
+
+    def record(self, caps: Sequence[int | None]) -> None:
+        """Record everything, each part as it is done, until time is up."""
+        self._emit(context=self._context())
+        self._emit(machine=machine_facts())
+        self._emit(curve=self._curve())
+        self._emit(traces=self._traces())
+        for cap in caps:
+            if self._is_late():
+                return
+            self._emit(cap=self._under(cap))
+
+    def _job(self) -> TrainingJob:
+        from autobatch.workload.loader import make_job
+
+        return make_job(self._name, self._factory)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() + self._longest > self._deadline
+
+    def _context(self) -> list[dict[str, Any]]:
+        """What NVML, CUDA and the allocator say, from before CUDA starts to after the second optimizer step."""
+        import torch
+
+        from autobatch.gpu.nvml import NvmlSession
+
+        def read(moment: str) -> None:
+            memory = device.memory()
+            found = {
+                "moment": moment,
+                "nvml_free_bytes": memory.free_bytes,
+                "nvml_own_bytes": device.process_bytes(os.getpid()),
+            }
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+                found |= {
+                    "cuda_free_bytes": torch.cuda.mem_get_info(0)[0],
+                    "reserved_bytes": torch.cuda.memory_reserved(0),
+                    "allocated_bytes": torch.cuda.memory_allocated(0),
+                }
+            readings.append(found)
+
+        readings: list[dict[str, Any]] = []
+        with NvmlSession() as session:
+            device = session.device(0)
+            read("before CUDA")
+            torch.cuda.init()
+            torch.cuda.mem_get_info(0)  # makes the context
+            read("context")
+            job = self._job()
+            read("model and optimizer")
+            for step in ("first", "second"):
+                job.micro_step(1)
+                read(f"{step} micro-batch")
+                _end_window(job)
+                read(f"{step} optimizer step")
+        return readings
+
+    @contextlib.contextmanager
+    def _opened(self, cap: int | None) -> Iterator[Callable[[int], Trial]]:
+        from autobatch.gpu.opening import open_device
+        from autobatch.options import ProbeOptions
+        from autobatch.workload.running import TrialRunner
+
+        limit = None if cap is None else f"{cap}GiB"
+        with open_device(ProbeOptions(target=1, headroom=0, memory_limit=limit)) as device:
+            runner = TrialRunner(self._job, device.memory, timed=self.is_timed)
+
+            def run(size: int) -> Trial:
+                began = time.monotonic()
+                trial = runner((size, size))
+                self._longest = max(self._longest, time.monotonic() - began)
+                return trial
+
+            run.budget_bytes = device.memory.budget_bytes  # type: ignore[attr-defined]
+            yield run
+
+    def _curve(self) -> dict[str, Any]:
+        """Eight sizes without a cap, up to about 20 GiB or half the card."""
+        with self._opened(None) as run:
+            most = min(_CURVE_BYTES, run.budget_bytes // 2)  # type: ignore[attr-defined]
+            trials = [run(size) for size in self._like.get("sizes") or (1, 2)]
+            while not self._like and len(trials) < _CURVE_SIZES and not self._is_late():
+                this = trials[-1].micro_batch_size
+                wanted = _size_for(trials, most * (len(trials) - 1) // (_CURVE_SIZES - 2))
+                trials.append(run(max(this + 1, min(4 * this, wanted))))
+        self._known = [trial for trial in trials if trial.fits]
+        return {"rows": [_row(trial) for trial in trials]}
+
+    def _traces(self) -> list[dict[str, Any]]:
+        """The allocator's events in a third window, of two of the sizes."""
+        known = [trial.micro_batch_size for trial in self._known]
+        sizes = self._like.get("traced") or sorted({known[len(known) // 4], known[len(known) // 2]})
+        return [{"micro_batch_size": size, "events": self._trace(size)} for size in sizes]
+
+    def _trace(self, size: int) -> list[list[Any]]:
+        import torch
+
+        torch.cuda.empty_cache()
+        job = self._job()
+        for last in (False, False, True):
+            if last:
+                torch.cuda.synchronize()
+                torch._C._cuda_clearCublasWorkspaces()  # asked for anew, and seen
+                torch.cuda.memory._record_memory_history("all", context=None, stacks="python", clear_history=True)
+            job.micro_step(size)
+            job.micro_step(size)
+            _end_window(job)
+        torch.cuda.synchronize()
+        events = torch.cuda.memory._snapshot()["device_traces"][0]
+        torch.cuda.memory._record_memory_history(None)
+        # A block is freed twice, when its last use is asked for and when it is over: the second is what counts.
+        return [[event["action"], event["size"]] for event in events if event["action"] != "free_requested"]
+
+    def _under(self, cap: int | None) -> dict[str, Any]:
+        """The largest size under a cap, with every trial that led to it."""
+        from autobatch.search import SearchSpace, find_bracket, next_size
+
+        with self._opened(cap) as run:
+            budget_bytes = run.budget_bytes  # type: ignore[attr-defined]
+            trials = [run(size) for size in self._like.get("caps", {}).get(_label(cap), ())]
+            candidates = range(1, 1 << 16)
+            first = (
+                None if trials or len(self._known) < 2 else min(candidates[-1], _size_for(self._known, budget_bytes))
+            )
+            space = SearchSpace(candidates=candidates, budget_bytes=budget_bytes, share=1 << 20, first=first)
+            while (size := next_size(trials, space)) is not None and not self._is_late():
+                trials.append(run(size))
+        return {
+            "cap": _label(cap),
+            "budget_bytes": budget_bytes,
+            "rows": [_row(trial) for trial in trials],
+            "largest": find_bracket(trials).fits if size is None else None,
+            "is_certified": size is None,
+        }
+
+
+def _size_for(trials: Sequence[Trial], footprint_bytes: int) -> int:
+    """The size that would have about this footprint, by the line through the two trials nearest to it."""
+    pairs = list(itertools.pairwise(trials))
+    before, last = next((pair for pair in pairs if pair[1].footprint_bytes >= footprint_bytes), pairs[-1])
+    # Tensors rather than segments: of small sizes several share one.
+    grown = max(1, last.peak_allocated_bytes - before.peak_allocated_bytes)
+    per_sample = grown / max(1, last.micro_batch_size - before.micro_batch_size)
+    return max(1, int(last.micro_batch_size + (footprint_bytes - last.footprint_bytes) / per_sample))
+
+
+def _end_window(job: TrainingJob) -> None:
+    for optimizer in job.optimizers():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _row(trial: Trial) -> list[Any]:
+    return [getattr(trial, column) for column in COLUMNS]
+
+
+def _label(cap: int | None) -> str:
+    return "none" if cap is None else f"{cap} GiB"
+
+
+def child(setting: Setting) -> None:
+    """Record one setting: wait for the word, then a line of JSON for each part that is done."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def emit(**part: Any) -> None:
+        out.write(json.dumps(part) + "\n")
+
+    import torch  # noqa: F401 - the long part, done before it is this process's turn
+
+    import autobatch.workload.running  # noqa: F401
+
+    emit(ready=True)
+    asked = json.loads(sys.stdin.readline() or "null")
+    if asked is None:
+        return
+    recorder = Recorder(setting, time.monotonic() + asked["seconds"], asked["like"], emit)
+    recorder.record([cap if cap is None else int(cap) for cap in asked["caps"]])
+
+
+# ---- the process that asks -----------------------------------------------------------------------
+
+
+class Process:
+    """A process that records one setting; it imports while another one's turn lasts."""
+
+    def __init__(self, setting: Setting, emulate: str | None) -> None:
+        self.setting = setting
+        command = [sys.executable, __file__, "--child", json.dumps(dataclasses.asdict(setting))]
+        if emulate:
+            command = [sys.executable, "-m", "autobatch", "emulate", emulate, "--", *command]
+        variables = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+        if ALLOCATORS[setting.allocator]:
+            variables["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATORS[setting.allocator]
+        self._process = subprocess.Popen(
+            command,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill() if exc_info[0] else self._process.terminate()
+        self._process.communicate()
+
+    def record(self, **asked: Any) -> dict[str, Any]:
+        """Have it record, and collect what it says; a part that is missing was not reached, or says why."""
+        found: dict[str, Any] = {**dataclasses.asdict(self.setting), "caps": [], "problem": ""}
+        began = time.monotonic()
+        try:
+            output, errors = self._process.communicate(
+                json.dumps(asked) + "\n", timeout=asked["seconds"] + _LONGEST_END
+            )
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            output, errors = self._process.communicate()
+            errors += f"\nended after {time.monotonic() - began:.0f} s"
+        for line in output.splitlines():
+            part = json.loads(line)
+            if "cap" in part:
+                found["caps"].append(part["cap"])
+            else:
+                found |= part
+        found.pop("ready", None)
+        found["seconds"] = round(time.monotonic() - began, 1)
+        if self._process.returncode != 0:
+            found["problem"] = (errors.strip().splitlines() or ["it gave no reason"])[-1]
+        return found
+
+
+def likeness(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recording tried, in its order."""
+    return {
+        "sizes": [row[0] for row in recorded.get("curve", {}).get("rows", ())],
+        "traced": [trace["micro_batch_size"] for trace in recorded.get("traces", ())],
+        "caps": {one["cap"]: [row[0] for row in one["rows"]] for one in recorded["caps"]},
+    }
+
+
+def is_done(recorded: Mapping[str, Any], caps: Sequence[int | None]) -> bool:
+    """Whether nothing of a setting is left to record."""
+    certified = {one["cap"] for one in recorded["caps"] if one["is_certified"]}
+    return {_label(cap) for cap in caps} <= certified
+
+
+class Recording:
+    """The file as it grows: after each setting it is whole."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self._path, self.content = path, content
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Keep what one process recorded, in the stead of what was there of its setting."""
+        facts = found.pop("machine", None)
+        if facts:
+            self.content["machine"] = facts
+        same = ("workload", "precision", "allocator")
+        others = [one for one in self.content["settings"] if any(one[key] != found[key] for key in same)]
+        self.content["settings"] = [*others, found]
+        write_recording(self._path, self.content)
+        caps = ", ".join(f"{one['cap']}: {one['largest'] or '–'}" for one in found["caps"])
+        say(
+            f"  {found['workload']}, {found['precision']}, {found['allocator']}: {caps or 'nothing'} {found['problem']}"
+        )
+
+
+def record(wanted: Sequence[Setting], recording: Recording, *, seconds: float, caps: Sequence[int | None]) -> None:
+    """Record on the card, one setting after the other; the next process imports meanwhile."""
+    deadline = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        following = [*wanted[1:], None]
+        turn = stack.enter_context(Process(wanted[0], None)) if wanted else None
+        for place, after in enumerate(following if wanted else ()):
+            if turn is None or time.monotonic() > deadline:
+                break
+            next_turn = stack.enter_context(Process(after, None)) if after else None
+            left = deadline - time.monotonic()
+            share = max(10.0, 1.5 * left / (len(wanted) - place))  # what others do not need is there for this one
+            asked = {"like": {}, "caps": list(caps)}
+            recording.add(turn.record(seconds=min(left, share), **asked))
+            turn = next_turn
+
+
+def emulate(measured: Mapping[str, Any], recording: Recording, *, card: str, seconds: float, workers: int) -> None:
+    """Run what was recorded again on an emulated card; each setting is a process, several at once."""
+    deadline = time.monotonic() + seconds
+
+    def run(one: Mapping[str, Any]) -> dict[str, Any] | None:
+        setting = Setting(workload=one["workload"], precision=one["precision"], allocator=one["allocator"])
+        left = deadline - time.monotonic()
+        if left < 10:
+            return None
+        labels = [found["cap"] for found in one["caps"]]
+        with Process(setting, card) as process:
+            caps = [None if label == "none" else int(label.split()[0]) for label in labels]
+            return process.record(seconds=left, like=likeness(one), caps=caps)
+
+    done = [one for one in measured["settings"] if "curve" in one]
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(run, done):
+            if found is not None:
+                recording.add(found)
+
+
+def missing(content: Mapping[str, Any], wanted: Sequence[Setting], caps: Sequence[int | None]) -> list[str]:
+    """What was not reached, or failed."""
+    known = {(one["workload"], one["precision"], one["allocator"]): one for one in content["settings"]}
+    lines = []
+    for setting in wanted:
+        one = known.get((setting.workload, setting.precision, setting.allocator))
+        if one is None:
+            lines.append(f"{setting.name}: not reached")
+        elif not is_done(one, caps):
+            certified = {each["cap"] for each in one["caps"] if each["is_certified"]}
+            left = [_label(cap) for cap in caps if _label(cap) not in certified]
+            why = f" ({one['problem']})" if one["problem"] else ""
+            lines.append(f"{setting.name}: {', '.join(left)} not reached{why}")
+    return lines
+
+
+def main() -> int:
+    """Record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it")
+    parser.add_argument("--quick", action="store_true", help="one small workload, two caps")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        child(Setting(**json.loads(asked.child)))
+        return 0
+    if asked.out is None:
+        parser.error("name the file to write")
+    kept = read_recording(asked.resume) if asked.resume else {"columns": COLUMNS, "settings": []}
+    recording = Recording(asked.out, kept)
+    caps = (1, 2) if asked.quick else CAPS
+    wanted = settings(quick=asked.quick)
+    done = [one for one in kept["settings"] if is_done(one, caps)]
+    names = {(one["workload"], one["precision"], one["allocator"]) for one in done}
+    left = [one for one in wanted if (one.workload, one.precision, one.allocator) not in names]
+    record(left, recording, seconds=asked.seconds, caps=caps)
+    recording.content["missing"] = missing(recording.content, wanted, caps)
+    write_recording(asked.out, recording.content)
+    for line in recording.content["missing"]:
+        say(f"  {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
