@@ -71,3 +71,11 @@ def test_expandable_segments_are_searched_to_their_own_maximum(scripts: ScriptRu
     answer = scripts.run(EXPANDABLE, ["RTX 3060"], variables=variables).answer
     assert answer["certified"]
     assert answer["found"] == answer["brute_force"]
+
+
+@pytest.mark.slow
+def test_a_tenant_that_left_while_a_trial_ran_did_not_fail_it(scripts: ScriptRunner) -> None:
+    """It was there when the trial was capped, which then could not but fail: that says nothing of the job."""
+    answer = scripts.run(Path(__file__).parent / "gpu" / "scripts" / "tenant.py", ["A10G"], "grows").answer
+    assert answer["tried_again"]
+    assert answer["largest"] == answer["largest_alone"]

@@ -145,7 +145,8 @@ class CudaMemory:
             )
         self._ballast = Ballast()
         self._lost = False
-        self._unattributed_bytes = 0
+        self._unattributed_at_first: int | None = None
+        self._unattributed_at_begin = 0
         self._fraction_before: float | None = None
         self._retries_before = self._ooms_before = 0
 
@@ -179,7 +180,9 @@ class CudaMemory:
         stats = self._torch.cuda.memory_stats(self._ordinal)
         self._retries_before = stats.get("num_alloc_retries", 0)
         self._ooms_before = stats.get("num_ooms", 0)
-        self._unattributed_bytes = self._unattributed()[0]
+        self._unattributed_at_begin = self._unattributed()[0]
+        if self._unattributed_at_first is None:
+            self._unattributed_at_first = self._unattributed_at_begin
         self._cap()
 
     def settle(self) -> None:
@@ -245,7 +248,7 @@ class CudaMemory:
         """What is in use on the device and not this process's by NVML's own list, and how much of that is noise.
 
         Not all of it belongs to others: the driver counts some of a process's memory to nobody. So it is its growth
-        since the trial began that tells of a tenant. Where NVML does not list this process (other pid namespaces, WSL,
+        since the first trial began that tells of a tenant. Where NVML does not list this process (other pid namespaces, WSL,
         some MIG set-ups), what the allocator reserved stands for its own.
         """
         own = self._device.process_bytes(os.getpid())
@@ -254,8 +257,12 @@ class CudaMemory:
         return self._footprint() - self._torch.cuda.memory_reserved(self._ordinal), _UNKNOWN_SLACK_BYTES
 
     def _tenant_growth(self) -> int:
+        """What others took beyond what they held when the first trial began, now or when this one began.
+
+        One that was there at the beginning alone counts too: the cap was set beside it, however soon it left.
+        """
         unattributed, slack = self._unattributed()
-        growth = unattributed - self._unattributed_bytes
+        growth = max(unattributed, self._unattributed_at_begin) - (self._unattributed_at_first or 0)
         return growth if growth > slack else 0
 
     def _cap(self) -> None:

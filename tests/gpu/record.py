@@ -92,7 +92,10 @@ class Running:
         except subprocess.TimeoutExpired:
             state = "out of time"
         self.close()
-        lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
+        said = [
+            Path(stream.name).read_text(errors="replace") for stream in (self._out, self._log) if stream is not None
+        ]
+        lines = "\n".join(said).strip().splitlines()
         detail = "" if state == "done" else (lines or ["it gave no reason"])[-1]
         return PartEnded(part=self.part, state=state, seconds=round(time.monotonic() - self._began, 1), detail=detail)
 

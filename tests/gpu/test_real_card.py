@@ -174,7 +174,7 @@ def test_a_tenant_that_is_there_is_left_its_memory() -> None:
 
 
 def test_a_tenant_that_grows_meanwhile_is_not_taken_for_the_job() -> None:
-    """It takes what the second trial was to have, and gives it back when that has failed: the answer is as without it."""
+    """It takes what a trial was to have, and gives it back when that has failed: the answer is as without it."""
     answer = json.loads(script("tenant.py", "grows"))
     assert answer["tried_again"]
     assert answer["certified"]
