@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -10,7 +11,20 @@ from pathlib import Path
 from autobatch.errors import AutobatchError
 from autobatch.gpu.allocator import allocator_settings
 
-__all__ = ["Finding", "examine", "has_way_to_probe"]
+__all__ = ["Finding", "examine", "has_way_to_probe", "missing_packages"]
+
+# What autobatch imports besides torch, by module, with the distribution's name and what it is needed for.
+_PACKAGES = {
+    "pynvml": ("nvidia-ml-py", "both"),
+    "rich": ("rich", "both"),
+    "psutil": ("psutil", "both"),
+    "platformdirs": ("platformdirs", "emulate"),
+    "elftools": ("pyelftools", "emulate"),
+    "sqlalchemy": ("sqlalchemy", "both"),
+    "alembic": ("alembic", "both"),
+    "ruamel": ("ruamel.yaml", "both"),
+    "tomlkit": ("tomlkit", "both"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +48,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything that a probe needs, in the order in which it needs it."""
-    return [_system(), _torch(), _gpu(), _allocator(), _compiler(), _shared_memory(), _emulation()]
+    return [_system(), _torch(), _packages(), _gpu(), _allocator(), _compiler(), _shared_memory(), _emulation()]
 
 
 def has_way_to_probe(findings: list[Finding]) -> bool:
@@ -70,6 +84,24 @@ def _torch() -> Finding:
     build = find_torch()
     version = build.version if build else "unknown"
     return Finding(what="torch", ok=True, found=f"{version}, built for CUDA {build.cuda if build else None}")
+
+
+def missing_packages(*, needed_for: str = "both") -> list[str]:
+    """Distributions that autobatch needs and that are not installed, as pip knows them.
+
+    Args:
+        needed_for: `emulate` for those that an emulated card needs beside the others; `both` for all.
+    """
+    wanted = {name: package for name, (package, use) in _PACKAGES.items() if needed_for in {use, "both"}}
+    return [package for name, package in wanted.items() if importlib.util.find_spec(name) is None]
+
+
+def _packages() -> Finding:
+    missing = missing_packages()
+    if missing:
+        found = f"{', '.join(missing)} missing"
+        return Finding(what="packages", ok=False, found=found, mend=f"pip install {' '.join(missing)}")
+    return Finding(what="packages", ok=True, found="all that autobatch needs")
 
 
 def _gpu() -> Finding:
@@ -121,6 +153,9 @@ def _shared_memory() -> Finding:
 def _emulation() -> Finding:
     from autobatch.emulator.build import build_libraries
 
+    if missing := missing_packages(needed_for="emulate"):
+        mend = f"pip install {' '.join(missing)}"
+        return Finding(what="emulated GPU", ok=False, found="not built", mend=mend, needed_for="emulate")
     try:
         libraries = build_libraries()
     except AutobatchError as error:

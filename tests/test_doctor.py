@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING
 
 import pytest
 
+from autobatch.cli import main
 from autobatch.doctor import Finding, examine, has_way_to_probe
 from autobatch.gpu.presence import find_presence
 
@@ -40,6 +42,7 @@ def test_everything_is_looked_at_and_everything_missing_has_a_mend() -> None:
     assert [each.what for each in findings] == [
         "system",
         "torch",
+        "packages",
         "GPU",
         "allocator",
         "C compiler",
@@ -48,6 +51,28 @@ def test_everything_is_looked_at_and_everything_missing_has_a_mend() -> None:
     ]
     assert all(each.found for each in findings)
     assert all(each.mend for each in findings if not each.ok)
+
+
+def test_a_missing_package_is_named_with_the_command_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `doctor`, and in one line by whatever needs it; never by a traceback."""
+    find_spec = importlib.util.find_spec
+    absent = {"elftools", "tomlkit"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else find_spec(name))
+    found = {each.what: each for each in examine()}
+    assert not found["packages"].ok
+    assert found["packages"].mend == "pip install pyelftools tomlkit"
+    assert found["emulated GPU"].mend == "pip install pyelftools"
+
+    def needs_it() -> None:
+        raise ModuleNotFoundError("No module named 'tomlkit'", name="tomlkit")
+
+    monkeypatch.setattr("autobatch.doctor.examine", needs_it)
+    assert main(["doctor"]) == 69
+    error = capsys.readouterr().err
+    assert "No module named 'tomlkit': pip install pyelftools tomlkit" in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

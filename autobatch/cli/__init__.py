@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from autobatch._version import __version__
 from autobatch.cli import service
 from autobatch.cli.output import say, silence_output
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,6 +98,13 @@ def _run(arguments: list[str]) -> int:
         return int(parsed.run(parsed))
     except AutobatchError as error:
         return _show(error, verbose=getattr(parsed, "verbose", False))
+    except ModuleNotFoundError as error:
+        from autobatch.doctor import missing_packages
+
+        if not (missing := missing_packages()):
+            raise
+        packages = " ".join(missing)
+        return _show(UnavailableError(f"{error}: pip install {packages}, or install autobatch itself"), verbose=False)
 
 
 def _run_service(words: list[str]) -> int:
