@@ -32,7 +32,7 @@ _LAYOUT = "libautobatch-layout.so"
 _SOURCES = {
     _DRIVER: ("state.c", "contents.c", "driver.c", "driver_memory.c", "driver_streams.c", "driver_modules.c"),
     _NVML: ("nvml.c",),
-    _PRELOAD: ("runtime.c", "fatbin.c", "cublas.c", "cudnn.c", "nccl.c"),
+    _PRELOAD: ("runtime.c", "fatbin.c", "cublas.c", "cudnn.c", "described.c", "nccl.c"),
     _LAYOUT: ("layout.c",),
 }
 _BUILDING = ".building-"

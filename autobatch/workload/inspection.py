@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autobatch.emulator.inside import workspaces_are_known
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
@@ -54,7 +56,9 @@ class Inspection:
     data_dependent: tuple[str, ...]
     """Operators that read a shape, or a whole number that may be one, from the device; sorted."""
     has_convolutions: bool
-    """Whether it ran convolutions, whose workspaces the emulated card does not model."""
+    """Whether it ran convolutions."""
+    workspaces_known: bool = False
+    """Whether they took the workspaces that cuDNN names; else 0 bytes."""
 
 
 def inspect_job(make_job: Callable[[], TrainingJob], memory: DeviceMemory, size: int) -> Inspection:
@@ -123,7 +127,11 @@ class OperatorWatch:
 
     def inspection(self) -> Inspection:
         """What was seen."""
-        return Inspection(data_dependent=tuple(sorted(self._shapes)), has_convolutions=self._has_convolutions)
+        return Inspection(
+            data_dependent=tuple(sorted(self._shapes)),
+            has_convolutions=self._has_convolutions,
+            workspaces_known=self._has_convolutions and workspaces_are_known(),
+        )
 
     def _note(self, func: Any, args: Any) -> None:
         name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - the operator's name

@@ -1,8 +1,9 @@
-/* cuDNN: descriptors that remember what they were told, and plans that compute nothing.
+/* cuDNN: plans that compute nothing.
  *
- * Workspaces are not modelled: every plan asks for 0 bytes, which is the emulation's largest known error
- * for convolutional nets. */
+ * What algorithm it takes, and with what workspace, the real library says of the card that is described to it (described.h).
+ * Where it does not (before 9.8), descriptors remember what they were told, and every plan asks for 0 bytes. */
 #define _GNU_SOURCE
+#include "described.h"
 #include "real.h"
 #include "state.h"
 
@@ -10,10 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef int cudnnStatus_t;
-enum { CUDNN_STATUS_SUCCESS = 0, CUDNN_STATUS_BAD_PARAM = 2000, CUDNN_STATUS_NOT_SUPPORTED = 3000, CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED = 4003 };
-
-typedef struct { void *stream; } handle;
+ABG_EXPORT int cuCtxGetDevice(int *ordinal);
 
 ABG_EXPORT size_t cudnnGetVersion(void) {
     size_t (*real)(void) = (size_t (*)(void))ABG_REAL("cudnnGetVersion", "libcudnn.so.9");
@@ -31,22 +29,26 @@ ABG_EXPORT const char *cudnnGetErrorString(cudnnStatus_t status) {
     static _Thread_local char text[200];
     if (status == CUDNN_STATUS_SUCCESS) return "CUDNN_STATUS_SUCCESS";
     if (status == CUDNN_STATUS_BAD_PARAM) return "CUDNN_STATUS_BAD_PARAM";
-    if (status != CUDNN_STATUS_NOT_SUPPORTED) return "CUDNN_STATUS_INTERNAL_ERROR";
-    const char *reason = abg_unsupported_text();
-    if (!reason) return "CUDNN_STATUS_NOT_SUPPORTED";
+    const char *reason = status == CUDNN_STATUS_NOT_SUPPORTED ? abg_unsupported_text() : NULL;
+    if (!reason && abg_described_status(status)) return abg_described_status(status);
+    if (!reason) return status == CUDNN_STATUS_NOT_SUPPORTED ? "CUDNN_STATUS_NOT_SUPPORTED" : "CUDNN_STATUS_INTERNAL_ERROR";
     snprintf(text, sizeof text, "CUDNN_STATUS_NOT_SUPPORTED: %s", reason);
     return text;
 }
 ABG_EXPORT void cudnnGetLastErrorString(char *text, size_t room) {
-    if (room) snprintf(text, room, "%s", abg_unsupported_text() ? abg_unsupported_text() : "");
+    const char *reason = abg_unsupported_text();
+    if (!reason && abg_described_reason(text, room)) return;
+    if (room) snprintf(text, room, "%s", reason ? reason : "");
 }
 ABG_EXPORT cudnnStatus_t cudnnCreate(void **made) {
-    *made = calloc(1, sizeof(handle));
-    return *made ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
+    abg_cudnn_handle *self = calloc(1, sizeof *self);
+    if (self) cuCtxGetDevice(&self->ordinal);
+    *made = self;
+    return self ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
 }
 ABG_EXPORT cudnnStatus_t cudnnDestroy(void *self) { return free(self), CUDNN_STATUS_SUCCESS; }
-ABG_EXPORT cudnnStatus_t cudnnSetStream(void *self, void *stream) { return ((handle *)self)->stream = stream, CUDNN_STATUS_SUCCESS; }
-ABG_EXPORT cudnnStatus_t cudnnGetStream(void *self, void **stream) { return *stream = ((handle *)self)->stream, CUDNN_STATUS_SUCCESS; }
+ABG_EXPORT cudnnStatus_t cudnnSetStream(void *self, void *stream) { return ((abg_cudnn_handle *)self)->stream = stream, CUDNN_STATUS_SUCCESS; }
+ABG_EXPORT cudnnStatus_t cudnnGetStream(void *self, void **stream) { return *stream = ((abg_cudnn_handle *)self)->stream, CUDNN_STATUS_SUCCESS; }
 
 /* ---- the graph interface ------------------------------------------------------------------- */
 
@@ -67,7 +69,7 @@ typedef struct {
 static size_t element_bytes(int type) {
     switch (type) {
     case 0: return sizeof(void *);          /* handle */
-    case 2: case 7: return 1;               /* bool, char */
+    case 2: case 24: return 1;              /* bool, char */
     case 3: case 5: case 6: case 15: return 8; /* int64, double, void pointer, descriptor */
     case 26: return 16;                     /* fraction: two int64 */
     default: return 4;                      /* enumerations, float, int32 */
@@ -75,6 +77,7 @@ static size_t element_bytes(int type) {
 }
 
 ABG_EXPORT cudnnStatus_t cudnnBackendCreateDescriptor(int type, void **made) {
+    if (abg_described()) return abg_described_create(type, made);
     descriptor *self = calloc(1, sizeof *self);
     if (!self) return CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
     self->type = type;
@@ -82,6 +85,7 @@ ABG_EXPORT cudnnStatus_t cudnnBackendCreateDescriptor(int type, void **made) {
     return CUDNN_STATUS_SUCCESS;
 }
 ABG_EXPORT cudnnStatus_t cudnnBackendDestroyDescriptor(void *pointer) {
+    if (abg_described()) return abg_described_destroy(pointer);
     descriptor *self = pointer;
     if (!self) return CUDNN_STATUS_SUCCESS;
     for (attribute *entry = self->attributes; entry;) {
@@ -94,9 +98,10 @@ ABG_EXPORT cudnnStatus_t cudnnBackendDestroyDescriptor(void *pointer) {
     return CUDNN_STATUS_SUCCESS;
 }
 ABG_EXPORT cudnnStatus_t cudnnBackendInitialize(void *pointer) { return (void)pointer, CUDNN_STATUS_SUCCESS; }
-ABG_EXPORT cudnnStatus_t cudnnBackendFinalize(void *pointer) { return (void)pointer, CUDNN_STATUS_SUCCESS; }
+ABG_EXPORT cudnnStatus_t cudnnBackendFinalize(void *pointer) { return abg_described() ? abg_described_finalize(pointer) : CUDNN_STATUS_SUCCESS; }
 
 ABG_EXPORT cudnnStatus_t cudnnBackendSetAttribute(void *pointer, int name, int type, int64_t count, const void *values) {
+    if (abg_described()) return abg_described_set(pointer, name, type, count, values);
     descriptor *self = pointer;
     if (!self || !values || count < 0) return CUDNN_STATUS_BAD_PARAM;
     attribute *entry = self->attributes;
@@ -119,16 +124,7 @@ ABG_EXPORT cudnnStatus_t cudnnBackendSetAttribute(void *pointer, int name, int t
     return CUDNN_STATUS_SUCCESS;
 }
 
-enum {
-    ENGINEHEUR_RESULTS = 202,
-    ENGINECFG_WORKSPACE_SIZE = 303,
-    ENGINECFG_SHARED_MEMORY_USED = 304,
-    EXECUTION_PLAN_WORKSPACE_SIZE = 402,
-    OPERATIONGRAPH_ENGINE_GLOBAL_COUNT = 802,
-    ENGINE_GLOBAL_INDEX = 1301,
-    TYPE_INT64 = 3,
-    TYPE_DESCRIPTOR = 15,
-};
+enum { ENGINEHEUR_RESULTS = 202, ENGINECFG_SHARED_MEMORY_USED = 304, OPERATIONGRAPH_ENGINE_GLOBAL_COUNT = 802, ENGINE_GLOBAL_INDEX = 1301 };
 
 static cudnnStatus_t answer_int32(int64_t wanted, int64_t *count, void *values, int32_t value) {
     if (count) *count = 1;
@@ -144,6 +140,7 @@ static cudnnStatus_t answer_int64(int64_t wanted, int64_t *count, void *values, 
 
 /* What was set is given back; of what cuDNN works out itself there is one engine, one configuration, no workspace and no note. */
 ABG_EXPORT cudnnStatus_t cudnnBackendGetAttribute(void *pointer, int name, int type, int64_t wanted, int64_t *count, void *values) {
+    if (abg_described()) return abg_described_get(pointer, name, type, wanted, count, values);
     descriptor *self = pointer;
     if (!self) return CUDNN_STATUS_BAD_PARAM;
     for (attribute *entry = self->attributes; entry; entry = entry->next) {

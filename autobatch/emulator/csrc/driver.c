@@ -239,6 +239,8 @@ ABG_EXPORT CUresult cuCtxPopCurrent_v2(void **context) {
     current_ordinal = context_stack[--context_depth];
     return CUDA_SUCCESS;
 }
+ABG_EXPORT CUresult cuCtxPushCurrent(void *context) { return cuCtxPushCurrent_v2(context); }
+ABG_EXPORT CUresult cuCtxPopCurrent(void **context) { return cuCtxPopCurrent_v2(context); }
 
 ABG_EXPORT CUresult cuCtxGetDevice(CUdevice *device) {
     *device = current_ordinal;

@@ -31,6 +31,10 @@ ABG_EXPORT CUresult cuLibraryLoadData(void **library, const void *code, int *jit
     (void)code, (void)jit, (void)jit_values, (void)jit_count, (void)options, (void)values, (void)count;
     return make_handle(library);
 }
+ABG_EXPORT CUresult cuLibraryLoadFromFile(void **library, const char *path, int *jit, void **jit_values, unsigned jit_count, int *options,
+                                          void **values, unsigned count) {
+    return cuLibraryLoadData(library, path, jit, jit_values, jit_count, options, values, count);
+}
 ABG_EXPORT CUresult cuLibraryUnload(void *library) { return free(library), CUDA_SUCCESS; }
 ABG_EXPORT CUresult cuLibraryGetKernel(void **kernel, void *library, const char *name) { return (void)library, (void)name, make_handle(kernel); }
 ABG_EXPORT CUresult cuLibraryGetModule(void **module, void *library) { return *module = library, CUDA_SUCCESS; }
@@ -42,6 +46,11 @@ ABG_EXPORT CUresult cuLinkCreate_v2(unsigned count, int *options, void **values,
 ABG_EXPORT CUresult cuLinkAddData_v2(void *state, int type, void *data, size_t bytes, const char *name, unsigned count, int *options, void **values) {
     (void)state, (void)type, (void)data, (void)bytes, (void)name, (void)count, (void)options, (void)values;
     return CUDA_SUCCESS;
+}
+/* By the names without a version, as cuDNN's compiler at run time looks them up. */
+ABG_EXPORT CUresult cuLinkCreate(unsigned count, int *options, void **values, void **state) { return cuLinkCreate_v2(count, options, values, state); }
+ABG_EXPORT CUresult cuLinkAddData(void *state, int type, void *data, size_t bytes, const char *name, unsigned count, int *options, void **values) {
+    return cuLinkAddData_v2(state, type, data, bytes, name, count, options, values);
 }
 ABG_EXPORT CUresult cuLinkComplete(void *state, void **cubin, size_t *bytes) {
     *cubin = state;
@@ -65,6 +74,7 @@ ABG_EXPORT CUresult cuFuncGetAttribute(int *value, int attribute, void *function
 }
 ABG_EXPORT CUresult cuKernelGetAttribute(int *value, int attribute, void *kernel, CUdevice device) { return (void)device, cuFuncGetAttribute(value, attribute, kernel); }
 ABG_EXPORT CUresult cuFuncSetAttribute(void *function, int attribute, int value) { return (void)function, (void)attribute, (void)value, CUDA_SUCCESS; }
+ABG_EXPORT CUresult cuKernelSetAttribute(int attribute, int value, void *kernel, CUdevice device) { return (void)device, cuFuncSetAttribute(kernel, attribute, value); }
 ABG_EXPORT CUresult cuFuncSetCacheConfig(void *function, int config) { return (void)function, (void)config, CUDA_SUCCESS; }
 
 ABG_EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, void *function, int threads, size_t shared, unsigned flags) {
@@ -79,6 +89,9 @@ ABG_EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *bl
 }
 ABG_EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared) {
     return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
+}
+ABG_EXPORT CUresult cuOccupancyMaxPotentialClusterSize(int *size, void *function, const void *config) {
+    return (void)function, (void)config, *size = 8, CUDA_SUCCESS; /* CUDA C++ Programming Guide: what every card with clusters can do */
 }
 ABG_EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) {
     (void)function, (void)config;

@@ -105,6 +105,8 @@ ABG_EXPORT void abg_kernel_ran(void);
 /* Notes a call that is not implemented, for the error's text and for the report, and says so on stderr: once in a process,
  * since few libraries' errors have room for the name. */
 ABG_EXPORT void abg_note_unsupported(const char *call);
+/* While held in this thread, nothing is noted: a library that asks on our behalf copes with what is missing by itself. */
+ABG_EXPORT void abg_hold_notes(int hold);
 /* "the emulated GPU does not implement ..." of this thread's last such call; NULL where it has made none. */
 ABG_EXPORT const char *abg_unsupported_text(void);
 
