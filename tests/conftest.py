@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -36,6 +37,15 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
 """
+
+with contextlib.suppress(ModuleNotFoundError):  # tests on a card run where little is installed
+    import hypothesis
+
+    # Seconds say nothing of a test: the first draw alone builds tables, beside whatever else runs on the machine.
+    hypothesis.settings.register_profile(
+        "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("tests")
 
 _ROOT = Path(__file__).resolve().parent.parent
 

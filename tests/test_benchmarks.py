@@ -68,12 +68,24 @@ def test_the_probes_own_share_is_a_share(tmp_path: Path) -> None:
 
 
 def test_small_scripts_are_rebuilt_on_an_emulated_card(tmp_path: Path) -> None:
-    """Linear layers to the byte; a workspace that cuDNN took on one card is a known miss, and is shown as one."""
-    cases = {one["case"]: one for one in run_quick("against_real", tmp_path)["sources"]["small-scripts"]}
+    """A linear layer to the byte; a convolution too, but for what cuDNN of 2019 took on one card: shown as the miss it is."""
+    sources = run_quick("against_real", tmp_path)["sources"]
+    cases = {one["case"]: one for one in sources["small-scripts"]}
     linear = next(one for name, one in cases.items() if name.startswith("Linear"))
     assert linear["emulated"] == linear["published"]
-    assert cases["the same on a V100"]["error"] < -0.9
+    convolution = {one["case"]: one["error"] for one in sources["transposed-convolution"]}
+    assert abs(convolution["RTX 2080 Ti"]) < 1e-4
+    assert convolution["V100"] < -0.9
     assert (tmp_path / "against_real.svg").exists()
+
+
+@pytest.mark.slow
+def test_convolutions_with_large_workspaces_are_as_published() -> None:
+    """Nearly half of what the first two took on an A100 is cuDNN's workspace."""
+    against_real = module("against_real")
+    (source,) = against_real.sources(["convolutions-3d"])
+    errors = [one.error for one in against_real.rebuild(source)]
+    assert max(abs(error) for error in errors[:2]) < 0.03
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "tests/data/real/published"
-QUICK = ("small-scripts",)
+QUICK = ("small-scripts", "transposed-convolution")
 OOM = "OOM"
 NOT_REBUILT = """\
 - Rows of https://github.com/rasbt/pytorch-memory-optim with DeepSpeed, FSDP and 8-bit Adam: they need several GPUs, or kernels of

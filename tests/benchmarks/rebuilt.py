@@ -275,16 +275,57 @@ def _bert_large(
 
 def small_scripts() -> Figures:
     """Scripts of issues and tutorials, each in a process of its own, in MiB."""
-    convolution = _forked(_transposed_convolution)
     names = list(json.loads(_published("small-scripts"))["figures"])
     found = (
         _forked(_linear),
-        convolution,
-        convolution,
         _forked(lambda: _vit_step(in_backward=False)),
         _forked(lambda: _vit_step(in_backward=True)),
     )
     return dict(zip(names, found, strict=True))
+
+
+def transposed_convolution() -> Figures:
+    """One forward, in MiB: the same emulated card stands for both."""
+    found = _forked(_transposed_convolution)
+    return {"RTX 2080 Ti": found, "V100": found}
+
+
+def convolutions_3d() -> Figures:
+    """One forward each, in MiB."""
+    names = list(json.loads(_published("convolutions-3d"))["figures"])
+    found = [
+        _forked(_autocast_convolution),
+        _forked(lambda: _convolution_3d(256, 64, (4, 1090, 1922), deterministic=True)),
+        _forked(lambda: _convolution_3d(3, 128, (24, 740, 1316), padding=1, dtype=torch.bfloat16)),
+        _forked(lambda: _convolution_3d(3, 128, (24, 864, 1536), padding=1, dtype=torch.bfloat16)),
+    ]
+    return dict(zip(names, found, strict=True))
+
+
+def _autocast_convolution() -> float:
+    images = torch.zeros(1, 128, 248, 248, 248).to("cuda").half()
+    convolution = nn.Conv3d(128, 128, 3, padding=1).to("cuda")
+    with torch.no_grad(), torch.autocast("cuda"):
+        kept = convolution(images)
+    free, total = torch.cuda.mem_get_info()
+    del kept
+    return (total - free) / (1 << 20)
+
+
+def _convolution_3d(
+    channels: int,
+    filters: int,
+    sides: tuple[int, int, int],
+    *,
+    padding: int = 0,
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = False,
+) -> float:
+    torch.backends.cudnn.deterministic = deterministic
+    with torch.set_grad_enabled(deterministic):
+        convolution = nn.Conv3d(channels, filters, 3, padding=padding).to("cuda", dtype=dtype)
+        convolution(torch.empty(1, channels, *sides, dtype=dtype, device="cuda"))
+    return torch.cuda.max_memory_allocated() / (1 << 20)
 
 
 def _published(name: str) -> str:
