@@ -58,6 +58,11 @@ def test_asking_touches_no_card(answer: Any) -> None:
     assert answer["contexts_after"] == [True, False]
 
 
+def test_asking_leaves_the_program_its_calls(answer: Any) -> None:
+    """cuDNN looks up hundreds of the driver's calls, of which torch would find none that it looks for later."""
+    assert answer["looked_up"] == 200
+
+
 def test_where_there_is_no_room_another_algorithm_is_taken(answer: Any) -> None:
     """As on a card: torch asks for the next in cuDNN's list."""
     assert 0 < answer["nearly_full"]["taken"] < 8 << 20

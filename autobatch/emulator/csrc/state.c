@@ -481,7 +481,7 @@ int abg_address_device(uint64_t address, uint64_t *base, uint64_t *bytes) {
 /* ---- calls that are not implemented ------------------------------------------------------- */
 
 static _Thread_local char unsupported_text[160];
-static _Thread_local int notes_are_held;
+static _Thread_local int held;
 static _Atomic uint64_t said; /* a bit for each of the machine's noted calls */
 _Static_assert(ABG_MAX_UNSUPPORTED <= 64, "one bit for each call");
 
@@ -504,10 +504,11 @@ static void say(const char *text) {
     if (write(STDERR_FILENO, line, (size_t)length) < 0) return; /* nobody is there to be told */
 }
 
-void abg_hold_notes(int hold) { notes_are_held = hold; }
+void abg_hold_notes(int hold) { held = hold; }
+int abg_notes_are_held(void) { return held; }
 
 void abg_note_unsupported(const char *call) {
-    if (notes_are_held) return;
+    if (held) return;
     snprintf(unsupported_text, sizeof unsupported_text, "the emulated GPU does not implement %s", call);
     if (!abg_get_machine()) return;
     lock_machine();

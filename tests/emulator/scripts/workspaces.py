@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -96,6 +97,16 @@ def kinds() -> dict[str, bool]:
     return ran
 
 
+def calls_that_can_be_looked_up() -> int:
+    """How many of 200 calls that no driver has get a place, so that each can say its name when it is called."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    found = ctypes.c_void_p()
+    return sum(
+        driver.cuGetProcAddress_v2(f"cuNothing{number}".encode(), ctypes.byref(found), 13000, 0, None) == 0
+        for number in range(200)
+    )
+
+
 torch.cuda.init()
 answer: dict[str, Any] = {"known": workspaces_are_known(), "cudnn": torch.backends.cudnn.version()}
 answer["contexts_before"] = contexts()
@@ -110,4 +121,5 @@ answer["kinds"] = kinds()
 torch.cuda.set_device(0)
 answer["nearly_full"] = nearly_full()
 answer["threads"] = from_many_threads()
+answer["looked_up"] = calls_that_can_be_looked_up()
 print(json.dumps(answer))
