@@ -89,6 +89,13 @@ def test_cudnn_understands_every_card(scripts: ScriptRunner) -> None:
 
 
 @pytest.mark.slow
+def test_a_card_that_ends_an_older_cudnn_is_not_asked_about(older_torch: OlderTorch) -> None:
+    """9.10 dies of compute capability 10.0; that card's convolutions run, and what they take is not known."""
+    known = older_torch.run(SCRIPTS / "cards_known.py", ["B200", "A100-SXM4-40GB", "RTX-5090"]).answer
+    assert known == [False, True, True]
+
+
+@pytest.mark.slow
 def test_an_older_cudnn_answers_too(older_torch: OlderTorch) -> None:
     answer = older_torch.run(SCRIPT, ["A100-SXM4-40GB", "T4"]).answer
     assert answer["known"]

@@ -61,9 +61,14 @@ typedef struct attribute {
 } attribute;
 
 typedef struct {
+    const char *mark;
     int type;
     attribute *attributes;
 } descriptor;
+
+/* Ours where it begins with this address, which no descriptor of the library does; else the library's own. */
+static const char descriptor_mark;
+static int is_ours(const void *pointer) { return !pointer || ((const descriptor *)pointer)->mark == &descriptor_mark; }
 
 /* Bytes of one element by cudnnBackendAttributeType_t; pointers and enumerations by what they are. */
 static size_t element_bytes(int type) {
@@ -80,12 +85,13 @@ ABG_EXPORT cudnnStatus_t cudnnBackendCreateDescriptor(int type, void **made) {
     if (abg_described()) return abg_described_create(type, made);
     descriptor *self = calloc(1, sizeof *self);
     if (!self) return CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
+    self->mark = &descriptor_mark;
     self->type = type;
     *made = self;
     return CUDNN_STATUS_SUCCESS;
 }
 ABG_EXPORT cudnnStatus_t cudnnBackendDestroyDescriptor(void *pointer) {
-    if (abg_described()) return abg_described_destroy(pointer);
+    if (!is_ours(pointer)) return abg_described_destroy(pointer);
     descriptor *self = pointer;
     if (!self) return CUDNN_STATUS_SUCCESS;
     for (attribute *entry = self->attributes; entry;) {
@@ -98,10 +104,10 @@ ABG_EXPORT cudnnStatus_t cudnnBackendDestroyDescriptor(void *pointer) {
     return CUDNN_STATUS_SUCCESS;
 }
 ABG_EXPORT cudnnStatus_t cudnnBackendInitialize(void *pointer) { return (void)pointer, CUDNN_STATUS_SUCCESS; }
-ABG_EXPORT cudnnStatus_t cudnnBackendFinalize(void *pointer) { return abg_described() ? abg_described_finalize(pointer) : CUDNN_STATUS_SUCCESS; }
+ABG_EXPORT cudnnStatus_t cudnnBackendFinalize(void *pointer) { return is_ours(pointer) ? CUDNN_STATUS_SUCCESS : abg_described_finalize(pointer); }
 
 ABG_EXPORT cudnnStatus_t cudnnBackendSetAttribute(void *pointer, int name, int type, int64_t count, const void *values) {
-    if (abg_described()) return abg_described_set(pointer, name, type, count, values);
+    if (!is_ours(pointer)) return abg_described_set(pointer, name, type, count, values);
     descriptor *self = pointer;
     if (!self || !values || count < 0) return CUDNN_STATUS_BAD_PARAM;
     attribute *entry = self->attributes;
@@ -140,7 +146,7 @@ static cudnnStatus_t answer_int64(int64_t wanted, int64_t *count, void *values, 
 
 /* What was set is given back; of what cuDNN works out itself there is one engine, one configuration, no workspace and no note. */
 ABG_EXPORT cudnnStatus_t cudnnBackendGetAttribute(void *pointer, int name, int type, int64_t wanted, int64_t *count, void *values) {
-    if (abg_described()) return abg_described_get(pointer, name, type, wanted, count, values);
+    if (!is_ours(pointer)) return abg_described_get(pointer, name, type, wanted, count, values);
     descriptor *self = pointer;
     if (!self) return CUDNN_STATUS_BAD_PARAM;
     for (attribute *entry = self->attributes; entry; entry = entry->next) {

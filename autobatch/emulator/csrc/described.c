@@ -38,6 +38,7 @@ static struct {
     cudnnStatus_t (*get)(void *, int, int, int64_t, int64_t *, void *);
     const char *(*status)(cudnnStatus_t);
     void (*reason)(char *, size_t);
+    size_t (*version)(void);
     int is_whole;
 } real;
 static pthread_once_t found = PTHREAD_ONCE_INIT;
@@ -50,6 +51,7 @@ static void enter(void) {
 }
 static cudnnStatus_t leave(cudnnStatus_t status) {
     if (--depth == 0) abg_hold_notes(0);
+    if (status != CUDNN_STATUS_SUCCESS) abg_forget_unsupported(); /* an earlier call that was refused is not the reason */
     return status;
 }
 #define REALLY(call) (enter(), leave(real.call))
@@ -61,7 +63,7 @@ static void find_real(void) {
     real.is_whole = FIND(create, "cudnnBackendCreateDescriptor") && FIND(destroy, "cudnnBackendDestroyDescriptor") &&
                     FIND(finalize, "cudnnBackendFinalize") && FIND(set, "cudnnBackendSetAttribute") &&
                     FIND(get, "cudnnBackendGetAttribute") && FIND(status, "cudnnGetErrorString") &&
-                    FIND(reason, "cudnnGetLastErrorString");
+                    FIND(reason, "cudnnGetLastErrorString") && FIND(version, "cudnnGetVersion");
 }
 
 /* ---- cards ---------------------------------------------------------------------------------- */
@@ -92,6 +94,12 @@ static cudnnStatus_t set_card(void *properties, int ordinal) {
     return length ? REALLY(set(properties, DEVICEPROP_JSON, TYPE_CHAR, length, text)) : CUDNN_STATUS_BAD_PARAM;
 }
 
+/* 9.10 ends the process when it is asked about compute capability 10.0 (seen with 9.10.2; 9.19 and later answer). */
+static int is_safe(int ordinal) {
+    const abg_device *card = abg_device_at(ordinal);
+    return card && (card->major != 10 || real.version() >= 91900);
+}
+
 /* Each card's description, made where it is first needed; one that the library refuses (before 9.8 it knows none) is not tried
  * again. Without a lock, which a fork could leave taken: of two threads that make one the second gives its own up. */
 static _Atomic(void *) cards[ABG_MAX_DEVICES];
@@ -102,7 +110,7 @@ static void *card_at(int ordinal) {
     void *known = atomic_load(&cards[ordinal]);
     if (!known) {
         void *made = NULL, *expected = NULL;
-        if (REALLY(create(BACKEND_DEVICEPROP, &made)) != CUDNN_STATUS_SUCCESS) made = NULL;
+        if (!is_safe(ordinal) || REALLY(create(BACKEND_DEVICEPROP, &made)) != CUDNN_STATUS_SUCCESS) made = NULL;
         if (made && (set_card(made, ordinal) != CUDNN_STATUS_SUCCESS || REALLY(finalize(made)) != CUDNN_STATUS_SUCCESS)) {
             REALLY(destroy(made));
             made = NULL;
@@ -121,9 +129,10 @@ static void *current_card(void) {
     return cuCtxGetDevice(&ordinal) == 0 ? card_at(ordinal) : NULL;
 }
 
-static void *card_of_handle(const void *values) {
-    const abg_cudnn_handle *handle = *(abg_cudnn_handle *const *)values;
-    return handle ? card_at(handle->ordinal) : NULL;
+/* The ordinal of a handle that an attribute is set to; -1 where it is none. */
+static int ordinal_of(const void *values) {
+    const abg_cudnn_handle *handle = values ? *(abg_cudnn_handle *const *)values : NULL;
+    return handle ? handle->ordinal : -1;
 }
 
 int abg_described(void) {
@@ -140,8 +149,8 @@ static const char plan_mark;
 typedef struct {
     const char *mark;
     void *itself;
-    void *configuration;
     int64_t workspace;
+    cudnnStatus_t state;
 } plan;
 
 static plan *as_plan(void *self) {
@@ -155,6 +164,7 @@ static cudnnStatus_t make_plan(void **made) {
     cudnnStatus_t status = REALLY(create(BACKEND_EXECUTION_PLAN, &self->itself));
     if (status != CUDNN_STATUS_SUCCESS) return free(self), status;
     self->mark = &plan_mark;
+    self->state = CUDNN_STATUS_BAD_PARAM; /* until it has a configuration */
     *made = self;
     return status;
 }
@@ -175,29 +185,34 @@ cudnnStatus_t abg_described_destroy(void *self) {
 
 cudnnStatus_t abg_described_finalize(void *self) {
     plan *one = as_plan(self);
-    if (!one) return REALLY(finalize(self));
-    if (!one->configuration) return CUDNN_STATUS_BAD_PARAM;
-    int64_t count = 0;
-    return REALLY(get(one->configuration, ENGINECFG_WORKSPACE_SIZE, TYPE_INT64, 1, &count, &one->workspace));
+    return one ? one->state : REALLY(finalize(self));
+}
+
+static cudnnStatus_t configure(plan *self, int type, int64_t count, const void *values) {
+    if (!values || count < 1) return CUDNN_STATUS_BAD_PARAM;
+    cudnnStatus_t status = REALLY(set(self->itself, EXECUTION_PLAN_ENGINE_CONFIG, type, count, values));
+    if (status != CUDNN_STATUS_SUCCESS) return status;
+    void *configuration = *(void *const *)values;
+    int64_t found = 0;
+    self->state = REALLY(get(configuration, ENGINECFG_WORKSPACE_SIZE, TYPE_INT64, 1, &found, &self->workspace));
+    return status;
 }
 
 /* Handles are ours, and the library never sees one: in its place stands the description of its card. */
 cudnnStatus_t abg_described_set(void *self, int name, int type, int64_t count, const void *values) {
     if (depth) return real.set(self, name, type, count, values);
     plan *one = as_plan(self);
-    if (one) {
-        if (name == EXECUTION_PLAN_ENGINE_CONFIG && values) one->configuration = *(void *const *)values;
-        self = one->itself;
-    }
+    if (one && name == EXECUTION_PLAN_ENGINE_CONFIG) return configure(one, type, count, values);
+    if (one) self = one->itself;
     void *card = NULL;
     cudnnStatus_t status;
     switch (name) {
     case OPERATIONGRAPH_HANDLE: return CUDNN_STATUS_SUCCESS;
     case EXECUTION_PLAN_HANDLE:
-        card = card_of_handle(values);
+        card = card_at(ordinal_of(values));
         return card ? REALLY(set(self, EXECUTION_PLAN_DEVICEPROP, TYPE_DESCRIPTOR, 1, &card)) : CUDNN_STATUS_BAD_PARAM;
-    case DEVICEPROP_HANDLE: return set_card(self, (*(abg_cudnn_handle *const *)values)->ordinal);
-    case DEVICEPROP_DEVICE_ID: return set_card(self, *(const int32_t *)values);
+    case DEVICEPROP_HANDLE: return set_card(self, ordinal_of(values));
+    case DEVICEPROP_DEVICE_ID: return set_card(self, values ? *(const int32_t *)values : -1);
     case ENGINEHEUR_OPERATION_GRAPH:
     case ENGINE_OPERATION_GRAPH:
         status = REALLY(set(self, name, type, count, values));

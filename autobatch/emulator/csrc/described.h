@@ -24,7 +24,8 @@ enum {
 typedef int cudnnStatus_t;
 typedef struct { void *stream; int ordinal; } abg_cudnn_handle;
 
-/* Whether the real library answers for the current card; looked up at the first call for each card. */
+/* Whether the real library answers for the current card; looked up at the first call for each card. Descriptors that are made
+ * where it does are the library's; they stay so, whatever card is current later. */
 int abg_described(void);
 /* The interface of backend descriptors, as cudnn_graph.h has it. */
 cudnnStatus_t abg_described_create(int type, void **made);

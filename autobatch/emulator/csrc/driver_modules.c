@@ -162,6 +162,8 @@ static CUresult (*const absent_calls[MOST_ABSENT])(void) = {ABSENT_ALL(ABSENT_EN
 /* For a library that asks on our behalf: it looks up all that the driver has, and would leave the program no place. */
 static CUresult absent_unsaid(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 
+static CUresult absent_beyond(void) { return abg_not_supported("one more of the driver's calls"); }
+
 static void *absent_call(const char *name) {
     if (strncmp(name, "cu", 2) != 0) return NULL;
     if (abg_notes_are_held()) return (void *)absent_unsaid;
@@ -170,7 +172,7 @@ static void *absent_call(const char *name) {
     while (i < absent_count && strncmp(absent_names[i], name, sizeof absent_names[0] - 1) != 0) i++;
     if (i == absent_count && i < MOST_ABSENT) snprintf(absent_names[absent_count++], sizeof absent_names[0], "%s", name);
     pthread_mutex_unlock(&abg_absent_lock);
-    return i < MOST_ABSENT ? (void *)absent_calls[i] : NULL;
+    return i < MOST_ABSENT ? (void *)absent_calls[i] : (void *)absent_beyond;
 }
 
 ABG_EXPORT CUresult cuGetProcAddress(const char *name, void **function, int version, uint64_t flags);

@@ -518,4 +518,6 @@ void abg_note_unsupported(const char *call) {
     if (!bit || !(atomic_fetch_or(&said, bit) & bit)) say(unsupported_text);
 }
 
+void abg_forget_unsupported(void) { *unsupported_text = 0; }
+
 const char *abg_unsupported_text(void) { return *unsupported_text ? unsupported_text : NULL; }

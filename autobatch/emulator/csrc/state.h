@@ -108,6 +108,8 @@ ABG_EXPORT void abg_note_unsupported(const char *call);
 /* While held in this thread, nothing is noted: a library that asks on our behalf copes with what is missing by itself. */
 ABG_EXPORT void abg_hold_notes(int hold);
 ABG_EXPORT int abg_notes_are_held(void);
+/* Forgets this thread's last such call. */
+ABG_EXPORT void abg_forget_unsupported(void);
 /* "the emulated GPU does not implement ..." of this thread's last such call; NULL where it has made none. */
 ABG_EXPORT const char *abg_unsupported_text(void);
 
