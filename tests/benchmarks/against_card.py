@@ -81,8 +81,8 @@ class Comparison:
     """Setting, moment, bytes outside the allocator on the card, and on the emulated one."""
     traces: list[tuple[str, int, dict[int, int]]] = field(default_factory=list)
     """Setting, size, and by bytes how often the card's allocator was asked more often than the emulated one's."""
-    workspaces: list[tuple[tuple[Any, ...], list[int], list[int]]] = field(default_factory=list)
-    """Of a convolution's operation: its key, and the blocks beside its results on the card, and on the emulated one."""
+    workspaces: list[tuple[tuple[Any, ...], list[int | str], list[int | str]]] = field(default_factory=list)
+    """Of a convolution's operation: its key, and bytes of the blocks beside its results, or its error, on either side."""
     missing: Sequence[str] = ()
 
     @property
@@ -241,10 +241,10 @@ def _trace_text(found: Comparison) -> str:
 def _workspace_text(found: Comparison) -> str:
     if not found.workspaces:
         return ""
-    groups: dict[tuple[str, ...], list[tuple[int, int]]] = collections.defaultdict(list)
+    groups: dict[tuple[str, ...], list[tuple[int | None, int | None]]] = collections.defaultdict(list)
     for (_, _, dtype, layout, benchmark, operation), one, other in found.workspaces:
         mode = "benchmark" if benchmark else "heuristics"
-        groups[operation, dtype, f"channels {layout}", mode].append((sum(one), sum(other)))
+        groups[operation, dtype, f"channels {layout}", mode].append((_taken(one), _taken(other)))
     rows = []
     for group, sums in sorted(groups.items()):
         rows.append(
@@ -252,13 +252,22 @@ def _workspace_text(found: Comparison) -> str:
                 ", ".join(group),
                 len(sums),
                 f"{sum(one == other for one, other in sums) / len(sums):.0%}",
-                f"{statistics.median(one for one, _ in sums):,.0f}",
-                f"{statistics.median(other for _, other in sums):,.0f}",
-                f"{max((abs(one - other) for one, other in sums), default=0):,}",
+                *(_median([side for side in sides if side is not None]) for sides in zip(*sums, strict=True)),
+                f"{max((abs(one - other) for one, other in sums if one is not None and other is not None), default=0):,}",
             )
         )
     head = ("operation", "cases", "the same", "median bytes, card", "emulated", "worst difference")
     return "Blocks beside results, by operation:\n\n" + markdown_table(head, rows)
+
+
+def _taken(blocks: Sequence[int | str]) -> int | None:
+    """Bytes of an operation's blocks; None where it failed."""
+    sizes = [each for each in blocks if isinstance(each, int)]
+    return sum(sizes) if len(sizes) == len(blocks) else None
+
+
+def _median(sizes: Sequence[int]) -> str:
+    return f"{statistics.median(sizes):,.0f}" if sizes else "failed"
 
 
 def picture(found: Sequence[Comparison]) -> Callable[[Axes], None]:

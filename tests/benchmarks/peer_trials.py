@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
@@ -29,7 +29,12 @@ from peer_finders import FINDERS, OURS, TARGET, Halves, ours, quiet
 
 from autobatch.workload.loader import WorkloadName, load_factory, make_job
 
+if TYPE_CHECKING:
+    from autobatch import TrainingJob
+
 LIMIT_SECONDS = 600.0
+OUT_OF_TIME = "took more than"
+"""What an error begins with where a request was ended for its time."""
 _IMPORTED = (
     "autobatch.child_probe",
     "lightning.pytorch.tuner",
@@ -52,8 +57,9 @@ def find(request: dict[str, Any]) -> dict[str, Any]:
         found = ours(OURS[request["find"]], request["job"], request.get("limit_bytes"))
         return {**found, "seconds": time.perf_counter() - began, "error": ""}
     name = WorkloadName.parse(request["job"])
-    stand_in(request.get("limit_bytes"))
-    job = Halves(make_job(name, load_factory(name)))
+    made = make_job(name, load_factory(name))
+    stand_in(request.get("limit_bytes"), made)
+    job = Halves(made)
     finder, error, answer = request["find"], "", None
     began = time.perf_counter()
     try:
@@ -75,8 +81,8 @@ def find(request: dict[str, Any]) -> dict[str, Any]:
 def train(request: dict[str, Any]) -> dict[str, Any]:
     """Train with micro-batches of a size, accumulating to the target, for so many optimizer steps."""
     name = WorkloadName.parse(request["job"])
-    stand_in(request.get("limit_bytes"))
     job = make_job(name, load_factory(name))
+    stand_in(request.get("limit_bytes"), job)
     began = time.perf_counter()
     (optimizer,) = job.optimizers()
     whole, rest = divmod(TARGET, request["train"])
@@ -103,13 +109,18 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     return {"survives": True, "flushes": flushes + _flushes(), "error": "", "seconds": time.perf_counter() - began}
 
 
-def stand_in(limit_bytes: int | None) -> None:
-    """Let this process have no more of the card than a smaller one would have, its context included."""
+def stand_in(limit_bytes: int | None, job: TrainingJob) -> None:
+    """Let this process have no more of the card than a smaller one would have, with its context and the kernels that it loads."""
     if limit_bytes is None:
         return
+    job.micro_step(1)
+    for optimizer in job.optimizers():
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(0)
-    context = total - free  # nobody else is on the card
-    torch.cuda.set_per_process_memory_fraction((limit_bytes - context) / total, 0)
+    outside = total - free - torch.cuda.memory_reserved(0)  # nobody else is on the card
+    torch.cuda.set_per_process_memory_fraction((limit_bytes - outside) / total, 0)
 
 
 def _flushes() -> int:
@@ -126,7 +137,10 @@ def in_a_fork(request: dict[str, Any]) -> dict[str, Any]:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        answer = find(request) if "find" in request else train(request)
+        try:
+            answer = find(request) if "find" in request else train(request)
+        except BaseException as error:  # noqa: BLE001 - whatever ends it is told
+            answer = _failed(f"{type(error).__name__}: {error}".splitlines()[0])
         with os.fdopen(write_end, "w") as pipe:
             pipe.write(json.dumps(answer))
         os._exit(0)
@@ -148,10 +162,24 @@ def in_a_fork(request: dict[str, Any]) -> dict[str, Any]:
     if not pieces:
         why = f"ended by itself with status {os.waitstatus_to_exitcode(status)}"
         if time.monotonic() >= deadline:
-            why = f"took more than {limit_seconds:.0f} s"
-        return {"error": why, "answer": None, "survives": False, "sizes": [], "steps": 0, "ooms": 0, "seconds": 0.0}
+            why = f"{OUT_OF_TIME} {limit_seconds:.0f} s"
+        return _failed(why)
     answer = json.loads(b"".join(pieces))
     return dict(answer)
+
+
+def _failed(why: str) -> dict[str, Any]:
+    """The answer to either request where there is none."""
+    return {
+        "error": why,
+        "answer": None,
+        "survives": False,
+        "flushes": 0,
+        "sizes": [],
+        "steps": 0,
+        "ooms": 0,
+        "seconds": 0.0,
+    }
 
 
 def main() -> None:

@@ -88,7 +88,8 @@ class Card:
         """Start it; where the card is not emulated, it is the one of this machine, whatever its name."""
         self.name, self.python = name, python
         script = str(Path(__file__).with_name("peer_trials.py"))
-        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}", "YOLO_CONFIG_DIR": str(log.parent)}
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "YOLO_CONFIG_DIR": str(log.parent)}
         environment |= {"AUTOBATCH_CACHE": str(log.parent / "cache.db"), "OMP_NUM_THREADS": "1"}
         self._log = log.open("w")
         emulation = [sys.executable, "-m", "autobatch", "emulate", name, "--"] if is_emulated else []

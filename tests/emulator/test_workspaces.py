@@ -59,7 +59,7 @@ def test_asking_touches_no_card(answer: Any) -> None:
 
 
 def test_asking_leaves_the_program_its_calls(answer: Any) -> None:
-    """cuDNN looks up hundreds of the driver's calls, of which torch would find none that it looks for later."""
+    """The library looks up hundreds of the driver's calls, of which torch would find none that it looks for later."""
     assert answer["looked_up"] == 200
 
 

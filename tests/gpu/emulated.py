@@ -38,7 +38,8 @@ def main() -> int:
         script = [str(Path(__file__).with_name("workspaces.py")), str(asked.folder / "workspaces-emulated.json.gz")]
         script += ["--like", str(asked.folder / "workspaces.json.gz"), "--seconds", f"{asked.seconds:.0f}"]
         subprocess.run([sys.executable, "-m", "autobatch", "emulate", card, "--", sys.executable, *script], check=True)
-    recording = Recording(asked.folder / "fidelity-emulated.json.gz", {"columns": COLUMNS, "settings": []})
+    content = {"columns": COLUMNS, "settings": []}
+    recording = Recording(asked.folder / "fidelity-emulated.json.gz", content, wanted=(), caps=())
     left = asked.seconds - (time.monotonic() - began)
     emulate(measured, recording, card=card, seconds=left, workers=asked.workers)
     return 0

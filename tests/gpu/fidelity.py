@@ -7,8 +7,8 @@ after the first step; eight sizes on the whole card; each event of the allocator
 stand in for smaller cards the largest size, with every trial that led to it. A trial is the probe's own: three windows of two
 micro-batches with their optimizer steps.
 
-It ends within `--seconds`: what is not reached is listed, and `--resume` goes on from there. emulated.py has the same trials run
-again in the same order on an emulated card, where its own search for the largest size then goes on from them.
+It ends within `--seconds`: what is not reached is listed, and `--resume` goes on from there, cap by cap. emulated.py has the same
+trials run again in the same order on an emulated card, where its own search for the largest size then goes on from them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 from recordings import GIB, machine_facts, read_recording, say, write_recording
@@ -39,9 +41,9 @@ MORE = ("hf:gpt2?task=causal-lm&seq_len=512", "hf:bert?task=masked-lm&seq_len=51
 """Models of libraries, after all the others: they need transformers and timm."""
 ALLOCATORS = {"default": "", "expandable_segments": "expandable_segments:True"}
 PRECISIONS = ("bf16", "fp32")
-CAPS: tuple[int | None, ...] = (16, 24, 40, 80, None)
-"""In GiB; None is the card as it is."""
-QUICK = "gpt2?seq_len=512&layers=2&width=256&heads=4&vocab=8192"
+CAPS: tuple[int | None, ...] = (16, None, 40, 24, 80)
+"""In GiB, in the order in which they are recorded; None is the card as it is."""
+QUICK = ("gpt2?seq_len=512&layers=2&width=256&heads=4&vocab=8192", "resnet50?image=64")
 COLUMNS = (
     "micro_batch_size",
     "outcome",
@@ -58,8 +60,12 @@ COLUMNS = (
 )
 _CURVE_BYTES = 20 * GIB
 _CURVE_SIZES = 8
-_LONGEST_END = 30.0
+_LONGEST_END = 10.0
 """Seconds that a process may take beyond its time: the trial that runs then is let end."""
+_LEAST_SECONDS = 12.0
+"""No process is begun with fewer left: CUDA would hardly have started."""
+_FAIR_SECONDS = 28.0
+"""What each process gets at least, as long as there is so much: a few that are whole tell more than many that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ class Setting:
 
 def settings(*, quick: bool) -> list[Setting]:
     """All of them, what tells most first."""
-    groups = [(QUICK,)] if quick else [WORKLOADS, MORE]
+    groups = [QUICK] if quick else [WORKLOADS, MORE]
     precisions = PRECISIONS[:1] if quick else PRECISIONS
     return [
         Setting(workload=workload, precision=precision, allocator=allocator)
@@ -96,25 +102,54 @@ def settings(*, quick: bool) -> list[Setting]:
 # ---- in the process of one setting ---------------------------------------------------------------
 
 
-class Recorder:
-    """Records one setting in this process."""
+@dataclass(frozen=True, kw_only=True)
+class OpenCard:
+    """The card under a cap."""
 
-    def __init__(self, setting: Setting, deadline: float, like: Mapping[str, Any], emit: Callable[..., None]) -> None:
+    run: Callable[[int], Trial]
+    """Runs a trial of a size."""
+    budget_bytes: int
+    memory: Mapping[str, int | None]
+    """What others hold, and what lies outside the allocator before the first trial."""
+
+
+class Recorder:
+    """Records one setting in this process.
+
+    Args:
+        setting: what to record.
+        deadline: when to end, by the monotonic clock.
+        like: the sizes to try, where a recording is run again.
+        have: the rows of a curve that an earlier process recorded; then only caps are left.
+        emit: is given each part as it is done.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        deadline: float,
+        *,
+        like: Mapping[str, Any],
+        have: Sequence[Sequence[Any]],
+        emit: Callable[..., None],
+    ) -> None:
         from autobatch.workload.loader import WorkloadName, load_factory
 
         self._name = WorkloadName.parse(setting.job)
         self._factory = load_factory(self._name)
         self._deadline, self._like, self._emit = deadline, like, emit
-        self._known: list[Trial] = []
+        trials = [dict(zip(COLUMNS, row, strict=True)) for row in have]
+        self._known: list[Any] = [SimpleNamespace(**one) for one in trials if one["outcome"] == "fits"]
         self._longest = 0.0
         self.is_timed = not os.environ.get("AUTOBATCH_EMULATED_GPU")
 
     def record(self, caps: Sequence[int | None]) -> None:
         """Record everything, each part as it is done, until time is up."""
-        self._emit(context=self._context())
-        self._emit(machine=machine_facts())
-        self._emit(curve=self._curve())
-        self._emit(traces=self._traces())
+        if not self._known:
+            self._emit(context=self._context())
+            self._emit(machine=machine_facts())
+            self._emit(curve=self._curve())
+            self._emit(traces=self._traces())
         for cap in caps:
             if self._is_late():
                 return
@@ -167,7 +202,7 @@ class Recorder:
         return readings
 
     @contextlib.contextmanager
-    def _opened(self, cap: int | None) -> Iterator[Callable[[int], Trial]]:
+    def _opened(self, cap: int | None) -> Iterator[OpenCard]:
         from autobatch.gpu.opening import open_device
         from autobatch.options import ProbeOptions
         from autobatch.workload.running import TrialRunner
@@ -182,20 +217,24 @@ class Recorder:
                 self._longest = max(self._longest, time.monotonic() - began)
                 return trial
 
-            run.budget_bytes = device.memory.budget_bytes  # type: ignore[attr-defined]
-            yield run
+            memory = device.facts.memory
+            yield OpenCard(
+                run=run,
+                budget_bytes=memory.budget_bytes,
+                memory={"tenants_bytes": memory.other_tenants_bytes, "context_bytes": memory.context_bytes},
+            )
 
     def _curve(self) -> dict[str, Any]:
         """Eight sizes without a cap, up to about 20 GiB or half the card."""
-        with self._opened(None) as run:
-            most = min(_CURVE_BYTES, run.budget_bytes // 2)  # type: ignore[attr-defined]
-            trials = [run(size) for size in self._like.get("sizes") or (1, 2)]
+        with self._opened(None) as card:
+            most = min(_CURVE_BYTES, card.budget_bytes // 2)
+            trials = [card.run(size) for size in self._like.get("sizes") or (1, 2)]
             while not self._like and len(trials) < _CURVE_SIZES and not self._is_late():
                 this = trials[-1].micro_batch_size
                 wanted = _size_for(trials, most * (len(trials) - 1) // (_CURVE_SIZES - 2))
-                trials.append(run(max(this + 1, min(4 * this, wanted))))
+                trials.append(card.run(max(this + 1, min(4 * this, wanted))))
         self._known = [trial for trial in trials if trial.fits]
-        return {"rows": [_row(trial) for trial in trials]}
+        return {"rows": [_row(trial) for trial in trials], "memory": card.memory}
 
     def _traces(self) -> list[dict[str, Any]]:
         """The allocator's events in a third window, of two of the sizes."""
@@ -223,25 +262,35 @@ class Recorder:
         return [[event["action"], event["size"]] for event in events if event["action"] != "free_requested"]
 
     def _under(self, cap: int | None) -> dict[str, Any]:
-        """The largest size under a cap, with every trial that led to it."""
+        """The largest size under a cap, with every trial that led to it; where one fails otherwise, what it said."""
+        from autobatch.errors import AutobatchError, WorkloadError
         from autobatch.search import SearchSpace, find_bracket, next_size
 
-        with self._opened(cap) as run:
-            budget_bytes = run.budget_bytes  # type: ignore[attr-defined]
-            trials = [run(size) for size in self._like.get("caps", {}).get(_label(cap), ())]
-            candidates = range(1, 1 << 16)
-            first = (
-                None if trials or len(self._known) < 2 else min(candidates[-1], _size_for(self._known, budget_bytes))
-            )
-            space = SearchSpace(candidates=candidates, budget_bytes=budget_bytes, share=1 << 20, first=first)
-            while (size := next_size(trials, space)) is not None and not self._is_late():
-                trials.append(run(size))
+        trials: list[Trial] = []
+        size: int | None = 0
+        problem = ""
+        with self._opened(cap) as card:
+            try:
+                trials.extend(card.run(known) for known in self._like.get("caps", {}).get(_label(cap), ()))
+                candidates = range(1, 1 << 16)
+                first = None
+                if not trials and len(self._known) > 1:
+                    first = min(candidates[-1], _size_for(self._known, card.budget_bytes))
+                space = SearchSpace(candidates=candidates, budget_bytes=card.budget_bytes, share=1 << 20, first=first)
+                while (size := next_size(trials, space)) is not None and not self._is_late():
+                    trials.append(card.run(size))
+            except AutobatchError as error:
+                if isinstance(error, WorkloadError) and error.context_lost:
+                    raise
+                problem = str(error)
         return {
             "cap": _label(cap),
-            "budget_bytes": budget_bytes,
+            "budget_bytes": card.budget_bytes,
+            "memory": card.memory,
             "rows": [_row(trial) for trial in trials],
             "largest": find_bracket(trials).fits if size is None else None,
             "is_certified": size is None,
+            "problem": problem,
         }
 
 
@@ -285,7 +334,8 @@ def child(setting: Setting) -> None:
     asked = json.loads(sys.stdin.readline() or "null")
     if asked is None:
         return
-    recorder = Recorder(setting, time.monotonic() + asked["seconds"], asked["like"], emit)
+    deadline = time.monotonic() + asked["seconds"]
+    recorder = Recorder(setting, deadline, like=asked["like"], have=asked["have"], emit=emit)
     recorder.record([cap if cap is None else int(cap) for cap in asked["caps"]])
 
 
@@ -310,6 +360,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Self:
@@ -317,8 +368,13 @@ class Process:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._process.poll() is None:
-            self._process.kill() if exc_info[0] else self._process.terminate()
+            self._end()
         self._process.communicate()
+
+    def _end(self) -> None:
+        """End it and what it started: on an emulated card the process itself is one that started another."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def record(self, **asked: Any) -> dict[str, Any]:
         """Have it record, and collect what it says; a part that is missing was not reached, or says why."""
@@ -329,15 +385,16 @@ class Process:
                 json.dumps(asked) + "\n", timeout=asked["seconds"] + _LONGEST_END
             )
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._end()
             output, errors = self._process.communicate()
             errors += f"\nended after {time.monotonic() - began:.0f} s"
         for line in output.splitlines():
-            part = json.loads(line)
-            if "cap" in part:
-                found["caps"].append(part["cap"])
-            else:
-                found |= part
+            with contextlib.suppress(ValueError):  # the last one, where it was ended while it wrote
+                part = json.loads(line)
+                if "cap" in part:
+                    found["caps"].append(part["cap"])
+                else:
+                    found |= part
         found.pop("ready", None)
         found["seconds"] = round(time.monotonic() - began, 1)
         if self._process.returncode != 0:
@@ -361,39 +418,62 @@ def is_done(recorded: Mapping[str, Any], caps: Sequence[int | None]) -> bool:
 
 
 class Recording:
-    """The file as it grows: after each setting it is whole."""
+    """The file as it grows: after each setting it is whole, and says what is missing."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self._path, self.content = path, content
+    def __init__(
+        self, path: Path, content: dict[str, Any], wanted: Sequence[Setting], caps: Sequence[int | None]
+    ) -> None:
+        self._path, self.content, self._wanted, self._caps = path, content, wanted, caps
+
+    def of(self, setting: Setting) -> dict[str, Any]:
+        """What there is of a setting."""
+        key = (setting.workload, setting.precision, setting.allocator)
+        found = (one for one in self.content["settings"] if _key(one) == key)
+        return next(found, {**dataclasses.asdict(setting), "caps": [], "problem": ""})
 
     def add(self, found: dict[str, Any]) -> None:
-        """Keep what one process recorded, in the stead of what was there of its setting."""
+        """Keep what one process recorded, beside what there is of its setting already."""
         facts = found.pop("machine", None)
         if facts:
             self.content["machine"] = facts
-        same = ("workload", "precision", "allocator")
-        others = [one for one in self.content["settings"] if any(one[key] != found[key] for key in same)]
-        self.content["settings"] = [*others, found]
+        settings = self.content["settings"]
+        before = next((one for one in settings if _key(one) == _key(found)), {"caps": []})
+        caps = {one["cap"]: one for one in before["caps"]}
+        for one in found["caps"]:
+            if one["is_certified"] or not caps.get(one["cap"], {}).get("is_certified"):
+                caps[one["cap"]] = one
+        whole = {**before, **found, "caps": list(caps.values())}
+        self.content["settings"] = [*(one for one in settings if _key(one) != _key(found)), whole]
+        self.write()
+        shown = ", ".join(f"{one['cap']}: {one['largest'] or '–'}" for one in found["caps"])
+        say(f"  {', '.join(_key(found))}: {shown or 'no cap'} {found['problem']}")
+
+    def write(self) -> None:
+        """Write it with what is missing of it."""
+        self.content["missing"] = missing(self.content, self._wanted, self._caps)
         write_recording(self._path, self.content)
-        caps = ", ".join(f"{one['cap']}: {one['largest'] or '–'}" for one in found["caps"])
-        say(
-            f"  {found['workload']}, {found['precision']}, {found['allocator']}: {caps or 'nothing'} {found['problem']}"
-        )
+
+
+def _key(recorded: Mapping[str, Any]) -> tuple[str, str, str]:
+    return recorded["workload"], recorded["precision"], recorded["allocator"]
 
 
 def record(wanted: Sequence[Setting], recording: Recording, *, seconds: float, caps: Sequence[int | None]) -> None:
     """Record on the card, one setting after the other; the next process imports meanwhile."""
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
-        following = [*wanted[1:], None]
         turn = stack.enter_context(Process(wanted[0], None)) if wanted else None
-        for place, after in enumerate(following if wanted else ()):
-            if turn is None or time.monotonic() > deadline:
+        for place, after in enumerate([*wanted[1:], None]):
+            left = deadline - time.monotonic()
+            if turn is None or left < _LEAST_SECONDS:
                 break
             next_turn = stack.enter_context(Process(after, None)) if after else None
-            left = deadline - time.monotonic()
-            share = max(10.0, 1.5 * left / (len(wanted) - place))  # what others do not need is there for this one
-            asked = {"like": {}, "caps": list(caps)}
+            # What others do not need is there for this one.
+            share = max(_FAIR_SECONDS, 1.5 * left / (len(wanted) - place))
+            known = recording.of(turn.setting)
+            certified = {one["cap"] for one in known["caps"] if one["is_certified"]}
+            have = known["curve"]["rows"] if "traces" in known else []
+            asked = {"like": {}, "have": have, "caps": [cap for cap in caps if _label(cap) not in certified]}
             recording.add(turn.record(seconds=min(left, share), **asked))
             turn = next_turn
 
@@ -405,12 +485,12 @@ def emulate(measured: Mapping[str, Any], recording: Recording, *, card: str, sec
     def run(one: Mapping[str, Any]) -> dict[str, Any] | None:
         setting = Setting(workload=one["workload"], precision=one["precision"], allocator=one["allocator"])
         left = deadline - time.monotonic()
-        if left < 10:
+        if left < _LEAST_SECONDS:
             return None
         labels = [found["cap"] for found in one["caps"]]
         with Process(setting, card) as process:
             caps = [None if label == "none" else int(label.split()[0]) for label in labels]
-            return process.record(seconds=left, like=likeness(one), caps=caps)
+            return process.record(seconds=left, like=likeness(one), have=[], caps=caps)
 
     done = [one for one in measured["settings"] if "curve" in one]
     with ThreadPoolExecutor(workers) as pool:
@@ -450,15 +530,12 @@ def main() -> int:
     if asked.out is None:
         parser.error("name the file to write")
     kept = read_recording(asked.resume) if asked.resume else {"columns": COLUMNS, "settings": []}
-    recording = Recording(asked.out, kept)
     caps = (1, 2) if asked.quick else CAPS
     wanted = settings(quick=asked.quick)
-    done = [one for one in kept["settings"] if is_done(one, caps)]
-    names = {(one["workload"], one["precision"], one["allocator"]) for one in done}
-    left = [one for one in wanted if (one.workload, one.precision, one.allocator) not in names]
+    recording = Recording(asked.out, kept, wanted, caps)
+    left = [one for one in wanted if not is_done(recording.of(one), caps)]
     record(left, recording, seconds=asked.seconds, caps=caps)
-    recording.content["missing"] = missing(recording.content, wanted, caps)
-    write_recording(asked.out, recording.content)
+    recording.write()
     for line in recording.content["missing"]:
         say(f"  {line}")
     return 0

@@ -36,7 +36,8 @@ TIMM = ("resnet50", "convnext_tiny", "mobilenetv3_large_100", "mnasnet_100", "ef
 OPERATIONS = ("forward", "input", "weight", "norm")
 """`input` and `weight` are the backward to each."""
 COLUMNS = ("convolution", "batch", "dtype", "layout", "benchmark", "operation", "first", "then", "kept")
-"""The last three: bytes of the blocks that came back within the first call and within the second, and of its results."""
+"""The last three: bytes of the blocks that came back within the first call and within the second, and of its results; where the
+operation failed, the error stands in both."""
 # What to ask first: batch, type, layout, benchmark mode.
 PASSES = (
     *((32, dtype, layout, False) for dtype, layout in (("bf16", "last"), ("fp32", "first"), ("fp32", "last"))),
@@ -46,6 +47,8 @@ PASSES = (
     *((batch, dtype, layout, True) for batch in (8, 128) for dtype, layout in (("bf16", "last"), ("fp32", "first"))),
     *((1, dtype, layout, False) for dtype, layout in (("bf16", "last"), ("fp32", "first"), ("fp16", "last"))),
 )
+_WRITTEN_EVERY = 15.0
+"""Seconds: what is recorded by then is not lost, however this ends."""
 LARGEST_BYTES = 8 << 30
 """Of one tensor; a convolution beyond that is left out at that batch."""
 
@@ -198,12 +201,16 @@ def rows(
 
     for number, batch, dtype, layout, benchmark in keys:
         torch.backends.cudnn.benchmark = benchmark
-        case = Case(shapes[number], batch, dtype, layout)
         found = []
         for operation in OPERATIONS:
-            (first, _), (then, kept) = (blocks(functools.partial(case.run, operation)) for _ in range(2))
-            found.append([number, batch, dtype, layout, benchmark, operation, first, then, kept])
-        del case
+            try:
+                case = Case(shapes[number], batch, dtype, layout)
+                (first, _), (then, kept) = (blocks(functools.partial(case.run, operation)) for _ in range(2))
+                found.append([number, batch, dtype, layout, benchmark, operation, first, then, kept])
+            except RuntimeError as error:  # no algorithm, or no memory: that is an answer too
+                why = [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
+                found.append([number, batch, dtype, layout, benchmark, operation, why, why, []])
+                torch.cuda.empty_cache()
         yield found
 
 
@@ -235,9 +242,13 @@ def main() -> int:
     done = {tuple(row[:5]) for row in kept["rows"]}
     left = [key for key in keys if key not in done]
     kept["not_reached"] = len(left)
+    written = time.monotonic()
     for found in rows(shapes, left):
         kept["rows"] += found
         kept["not_reached"] -= 1
+        if time.monotonic() > written + _WRITTEN_EVERY:
+            write_recording(asked.out, kept)
+            written = time.monotonic()
         if time.monotonic() > deadline:
             break
     write_recording(asked.out, kept)
