@@ -198,12 +198,10 @@ def test_the_readme_says_of_timms_batch_sizes_what_was_found() -> None:
     known = [one for one in kept if one["emulated"] is not None]
     same = [one for one in known if one["emulated"] == one["published"]]
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert all(one["emulated"] >= one["published"] for one in known)
-    assert (len(known), len(same)) == (49, 39)
-    assert (
-        "Of 49 batch sizes that timm's benchmark found on an RTX 3090, 39 are the same here, and ten one step too high"
-        in readme
-    )
+    high = [one for one in known if one["emulated"] > one["published"]]
+    assert (len(known), len(same), len(high)) == (49, 38, 10)
+    said = "timm's benchmark found on an RTX 3090, 38 are the same here, ten one step too high, one too low"
+    assert f"Of 49 batch sizes that {said}" in readme
 
 
 def test_the_error_that_answers_name_is_the_one_that_was_found() -> None:

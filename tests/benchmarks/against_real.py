@@ -139,7 +139,7 @@ def summary_rows(compared: dict[str, list[Compared]], named: dict[str, Source]) 
                 named[name].card,
                 len(cases),
                 f"{statistics.median(errors):.2%}",
-                f"{sorted(errors)[int(0.9 * (len(errors) - 1))]:.2%}",
+                f"{sorted(errors)[int(0.9 * (len(errors) - 1))]:.2%}" if len(errors) > 4 else "–",
                 f"{max(signed, key=abs):+.2%}",
                 f"{agreeing} of {len(cases)}",
             )
