@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -291,11 +292,11 @@ def picture(found: Sequence[Comparison]) -> Callable[[Axes], None]:
                 )
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.axvspan(-0.01, 0.01, color="#d5e3ef", zorder=0)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [re.sub(r"\?[^,]*", "", name) for name in names])  # without parameters
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.105, 0.105)
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:+.0%}")
-        axes.set_xlabel("footprint, emulated against the card; band: ±1 %; a triangle lies beyond the edge")
+        axes.set_xlabel("emulated against the card; band: ±1 %; a triangle lies beyond the edge")
 
     return paint
 
@@ -312,7 +313,7 @@ def result(found: Sequence[Comparison]) -> Result:
         }
         for one in found
     ]
-    drawn = Picture(paint=picture(found), title="Emulated against recorded cards", size=(8.5, 4.8))
+    drawn = Picture(paint=picture(found), title="Emulated footprint against cards", size=(8.5, 4.8))
     head = "# Emulated against cards that were recorded\n\n![Error of each trial](against_card.svg)"
     return Result(
         name="against_card",
