@@ -295,6 +295,7 @@ def picture(found: Sequence[Comparison]) -> Callable[[Axes], None]:
         axes.set_yticks(range(len(names)), [re.sub(r"\?[^,]*", "", name) for name in names])  # without parameters
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.105, 0.105)
+        axes.set_xticks([-0.1, -0.05, 0.0, 0.05, 0.1])
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:+.0%}")
         axes.set_xlabel("emulated against the card; band: ±1 %; a triangle lies beyond the edge")
 
