@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
+from processes import MARK, marked
 
 import autobatch
 from autobatch.cli import main
@@ -213,7 +213,8 @@ def test_nothing_that_fits_is_an_error_that_names_the_nearest(jobs: str, capsys:
 
 def test_an_interrupted_ranking_leaves_nothing(jobs: str) -> None:
     """Ctrl-C while two processes probe."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOBATCH_TEST_MARK": f"rank-{os.getpid()}"}
+    mark = f"rank-{os.getpid()}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark}
     for seconds in (2.0, 6.0):
         ranking = subprocess.Popen(
             [sys.executable, "-m", "autobatch", "rank", "gpt2", "--target", "256", "--no-cache"],
@@ -224,11 +225,4 @@ def test_an_interrupted_ranking_leaves_nothing(jobs: str) -> None:
         time.sleep(seconds)
         ranking.send_signal(signal.SIGINT)
         assert ranking.wait(20) == 130
-        assert not [one for one in psutil.process_iter() if _is_marked(one, environment["AUTOBATCH_TEST_MARK"])]
-
-
-def _is_marked(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get("AUTOBATCH_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        assert marked(mark) == []

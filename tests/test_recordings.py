@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import MARK, wait_until_gone
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "benchmarks")]
@@ -296,3 +297,28 @@ def test_what_was_recorded_better_before_stays(tmp_path: Path) -> None:
     assert [(one["cap"], one["largest"]) for one in gpt2["caps"]] == [("16 GiB", 9), ("24 GiB", 14)]
     assert gpt2["curve"] == recorded()["settings"][0]["curve"]
     assert kept["missing"] == ["resnet50, bf16, default: 24 GiB not reached"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("seconds", [1.0, 4.0, 9.0])
+def test_ended_at_any_moment_it_leaves_nothing_running(seconds: float, tmp_path: Path) -> None:
+    """Neither the process that records nor the one that waits for its turn, nor what stands between on an emulated card."""
+    mark = f"{os.getpid()}-{seconds}"
+    out = str(tmp_path / "kept.json.gz")
+    command = [
+        sys.executable,
+        "-m",
+        "autobatch",
+        "emulate",
+        "T4",
+        "--",
+        sys.executable,
+        str(ROOT / "tests/gpu/fidelity.py"),
+        out,
+    ]
+    process = subprocess.Popen([*command, "--quick"], env={**ENVIRONMENT, MARK: mark}, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert wait_until_gone(mark, 10) == []

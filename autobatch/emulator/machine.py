@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DRIVER_VERSION", "MOST_DEVICES", "EmulatedMachine", "check_tenant"]
 
-DRIVER_VERSION = "0.0.emulated"
-"""What NVML gives as the driver's version on an emulated card: no driver is there."""
+DRIVER_VERSION = "0.1.emulated"
+"""What NVML gives as the driver's version on an emulated card: no driver is there. The number rises where emulated jobs take
+other memory than before, so that what was remembered of them belongs to another driver."""
 
 _MAGIC = 0x55504742
 _LAYOUT_VERSION = 2

@@ -11,8 +11,8 @@ import time
 from multiprocessing import shared_memory
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import MARK, marked, wait_until_gone
 
 import autobatch
 
@@ -30,7 +30,7 @@ def start(mark: str, **variables: str) -> subprocess.Popen[bytes]:
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(TWO_RANKS)),
         *("--batch-size", "{micro_batch_size}", "--accumulate", "{accumulation_steps}"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOBATCH_TEST_MARK": mark, **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark, **variables}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -39,24 +39,6 @@ def handles(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("AUTOBATCH_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_until_gone(mark: str, seconds: float) -> list[psutil.Process]:
-    deadline = time.monotonic() + seconds
-    while (left := marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_processes(reading: Any, index: int) -> None:
 
 def test_driver(reading: Any) -> None:
     """The driver's version says what it is."""
-    assert reading["driver"] == DRIVER_VERSION == "0.0.emulated"
+    assert reading["driver"] == DRIVER_VERSION == "0.1.emulated"
     assert reading["cuda"] >= 12000
 
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from fidelity import COLUMNS, Recording, emulate
-from recordings import read_recording, say
+from recordings import end_in_order, read_recording, say
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 4), help="processes at once")
     asked = parser.parse_args()
+    end_in_order()
     began = time.monotonic()
     measured = read_recording(asked.folder / "fidelity.json.gz")
     card = asked.card or measured["machine"]["card"]

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
-from recordings import GIB, machine_facts, read_recording, say, write_recording
+from recordings import GIB, end_in_order, machine_facts, read_recording, say, write_recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -368,13 +368,20 @@ class Process:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._process.poll() is None:
-            self._end()
-        self._process.communicate()
+            self.end()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """End it and what it started: on an emulated card the process itself is one that started another."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(3)
+                return
 
     def record(self, **asked: Any) -> dict[str, Any]:
         """Have it record, and collect what it says; a part that is missing was not reached, or says why."""
@@ -385,7 +392,7 @@ class Process:
                 json.dumps(asked) + "\n", timeout=asked["seconds"] + _LONGEST_END
             )
         except subprocess.TimeoutExpired:
-            self._end()
+            self.end()
             output, errors = self._process.communicate()
             errors += f"\nended after {time.monotonic() - began:.0f} s"
         for line in output.splitlines():
@@ -489,14 +496,22 @@ def emulate(measured: Mapping[str, Any], recording: Recording, *, card: str, sec
             return None
         labels = [found["cap"] for found in one["caps"]]
         with Process(setting, card) as process:
+            running.append(process)
             caps = [None if label == "none" else int(label.split()[0]) for label in labels]
             return process.record(seconds=left, like=likeness(one), have=[], caps=caps)
 
     done = [one for one in measured["settings"] if "curve" in one]
+    running: list[Process] = []
     with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(run, done):
-            if found is not None:
-                recording.add(found)
+        try:
+            for found in pool.map(run, done):
+                if found is not None:
+                    recording.add(found)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.end()
+            raise
 
 
 def missing(content: Mapping[str, Any], wanted: Sequence[Setting], caps: Sequence[int | None]) -> list[str]:
@@ -529,6 +544,7 @@ def main() -> int:
         return 0
     if asked.out is None:
         parser.error("name the file to write")
+    end_in_order()
     kept = read_recording(asked.resume) if asked.resume else {"columns": COLUMNS, "settings": []}
     caps = (1, 2) if asked.quick else CAPS
     wanted = settings(quick=asked.quick)

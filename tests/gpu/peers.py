@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recordings import GIB, ROOT, say, write_recording
+from recordings import GIB, ROOT, end_in_order, say, write_recording
 
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=16.0, metavar="GIB")
     parser.add_argument("--quick", action="store_true", help="one small job, 2 GiB")
     asked = parser.parse_args()
+    end_in_order()
     began = time.monotonic()
     jobs, limit = ((QUICK_JOB,), 2.0) if asked.quick else (JOBS, asked.limit)
     versions = installed_finders(sys.executable)

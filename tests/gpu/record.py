@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from recordings import ROOT, say, write_recording
+from recordings import ROOT, end_in_order, say, write_recording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,7 +254,7 @@ def main() -> int:
     if not presence.usable:
         say(f"no NVIDIA GPU can be used here: {presence.problem}; --emulate CARD rehearses without one")
         return 69
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_in_order()
     session = Session(asked)
     session.run(asked.only)
     say(f"recorded in {asked.folder}")

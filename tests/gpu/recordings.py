@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def read_recording(path: Path) -> Any:
     """Read what `write_recording` wrote."""
     content = path.read_bytes()
     return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process by `SystemExit`, so that what it started is ended, and what it has is written."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def say(line: str) -> None:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recordings import machine_facts, read_recording, say, write_recording
+from recordings import end_in_order, machine_facts, read_recording, say, write_recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,15 +243,18 @@ def main() -> int:
     left = [key for key in keys if key not in done]
     kept["not_reached"] = len(left)
     written = time.monotonic()
-    for found in rows(shapes, left):
-        kept["rows"] += found
-        kept["not_reached"] -= 1
-        if time.monotonic() > written + _WRITTEN_EVERY:
-            write_recording(asked.out, kept)
-            written = time.monotonic()
-        if time.monotonic() > deadline:
-            break
-    write_recording(asked.out, kept)
+    end_in_order()
+    try:
+        for found in rows(shapes, left):
+            kept["rows"] += found
+            kept["not_reached"] -= 1
+            if time.monotonic() > written + _WRITTEN_EVERY:
+                write_recording(asked.out, kept)
+                written = time.monotonic()
+            if time.monotonic() > deadline:
+                break
+    finally:
+        write_recording(asked.out, kept)
     some = sum(bool(row[-2]) for row in kept["rows"])
     say(f"  {len(kept['rows'])} operations, {some} with blocks of their own, {kept['not_reached']} cases not reached")
     return 0
