@@ -39,6 +39,8 @@ NOT_REBUILT = """\
   bitsandbytes, which are not emulated.
 - https://github.com/pytorch/pytorch/issues/147449 and /78731: the scripts are not given whole.
 - https://github.com/karpathy/minGPT/pull/106: the settings are not given.
+- https://github.com/pytorch/pytorch/issues/13412, /22741, /31500 and /38568: convolutions with cuDNN 7, whose algorithms are no
+  more.
 - optimum-benchmark's figures of an A10G: what was found of them holds none of CUDA.
 - Further training tables of transformers' model pages (ALBERT, DistilBERT, BioGPT, BEiT, Data2Vec): in the same form as those
   here, and not taken up yet."""
@@ -46,7 +48,7 @@ NOT_REBUILT = """\
 
 _WHAT_IS_WHAT = (
     "Emulated figures are of this version on its emulated cards; the others are published measurements of real cards, by others, "
-    "with versions of torch from 1.2 to 2.4. No card of our own has been measured yet."
+    "with versions of torch from 1.2 to 2.9. No card of our own has been measured yet."
 )
 
 

@@ -302,6 +302,19 @@ def convolutions_3d() -> Figures:
     return dict(zip(names, found, strict=True))
 
 
+def conv3d_of_an_issue(dtype: str) -> Figures:
+    """Forwards in a loop, as in its script: the last result lives while the next one is made. In GB of 2^30 bytes."""
+    kind = getattr(torch, dtype)
+    images = torch.randn(1, 96, 6, 626, 626, device="cuda").type(kind)
+    weight = torch.randn(96, 96, 3, 3, 3, device="cuda").type(kind)
+    bias = torch.randn(96, device="cuda").type(kind)
+    result = None
+    for _ in range(3):
+        result = nn.functional.conv3d(images, weight, bias)
+    del result
+    return {dtype: torch.cuda.max_memory_allocated() / (1 << 30)}
+
+
 def _autocast_convolution() -> float:
     images = torch.zeros(1, 128, 248, 248, 248).to("cuda").half()
     convolution = nn.Conv3d(128, 128, 3, padding=1).to("cuda")

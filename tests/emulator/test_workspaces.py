@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from conftest import ScriptRunner
     from emulator.conftest import OlderTorch
 
+TESTS = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 SCRIPT = SCRIPTS / "workspaces.py"
 IMAGES_BYTES = 32 * 64 * 56 * 56 * 4
@@ -93,6 +95,19 @@ def test_a_card_that_ends_an_older_cudnn_is_not_asked_about(older_torch: OlderTo
     """9.10 dies of compute capability 10.0; that card's convolutions run, and what they take is not known."""
     known = older_torch.run(SCRIPTS / "cards_known.py", ["B200", "A100-SXM4-40GB", "RTX-5090"]).answer
     assert known == [False, True, True]
+
+
+@pytest.mark.slow
+def test_with_the_same_cudnn_a_card_is_met_to_the_digit(older_torch: OlderTorch, tmp_path: Path) -> None:
+    """What was published of torch 2.8.0 with its cuDNN, for a convolution that has taken other algorithms since."""
+    published = json.loads((TESTS / "data/real/published/conv3d-issue-h100.json").read_text())["figures"]
+    script = tmp_path / "script.py"
+    rebuilt = "import sys, json; sys.path.insert(0, {!r}); import rebuilt\n"
+    script.write_text(
+        rebuilt.format(str(TESTS / "benchmarks")) + "print(json.dumps(rebuilt.conv3d_of_an_issue('float32')))\n"
+    )
+    found = older_torch.run(script, ["H100-80GB"]).answer
+    assert {name: round(figure, 4) for name, figure in found.items()} == published
 
 
 @pytest.mark.slow
