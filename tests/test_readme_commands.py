@@ -193,9 +193,9 @@ def commands(block: str) -> list[str]:
 
 
 def is_of_another_test(command: str) -> bool:
-    """What other tests run: the two commands of a fresh machine are CI's own, containers are built by `test_images.py`."""
+    """What other tests run: a fresh machine's commands are CI's own, containers of `test_images.py`, a card is rehearsed."""
     needs_gpus = command.startswith("torchrun") and shutil.which("nvidia-smi") is None
-    return command.startswith(("make ", "docker ", "autobatch serve ", "export ")) or needs_gpus
+    return command.startswith(("make ", "docker ", "tests/gpu/", "autobatch serve ", "export ")) or needs_gpus
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n", 1)[0].split("#")[0].strip()[:60] for block in BLOCKS])
@@ -220,6 +220,8 @@ def test_what_is_not_run_here_is_there() -> None:
             assert f" AS {target}\n" in dockerfile
         for path in re.findall(r"-f (\S+)", command):
             assert (ROOT / path).exists()
+        for script in re.findall(r"^tests/gpu/\S+", command):
+            assert os.access(ROOT / script, os.X_OK)
     assert len(left_out) >= 7
 
 
