@@ -434,9 +434,8 @@ class Recording:
 
     def of(self, setting: Setting) -> dict[str, Any]:
         """What there is of a setting."""
-        key = (setting.workload, setting.precision, setting.allocator)
-        found = (one for one in self.content["settings"] if _key(one) == key)
-        return next(found, {**dataclasses.asdict(setting), "caps": [], "problem": ""})
+        wanted = {**dataclasses.asdict(setting), "caps": [], "problem": ""}
+        return next((one for one in self.content["settings"] if _key(one) == _key(wanted)), wanted)
 
     def add(self, found: dict[str, Any]) -> None:
         """Keep what one process recorded, beside what there is of its setting already."""
@@ -516,10 +515,10 @@ def emulate(measured: Mapping[str, Any], recording: Recording, *, card: str, sec
 
 def missing(content: Mapping[str, Any], wanted: Sequence[Setting], caps: Sequence[int | None]) -> list[str]:
     """What was not reached, or failed."""
-    known = {(one["workload"], one["precision"], one["allocator"]): one for one in content["settings"]}
+    known = {_key(one): one for one in content["settings"]}
     lines = []
     for setting in wanted:
-        one = known.get((setting.workload, setting.precision, setting.allocator))
+        one = known.get(_key(dataclasses.asdict(setting)))
         if one is None:
             lines.append(f"{setting.name}: not reached")
         elif not is_done(one, caps):
@@ -536,7 +535,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it")
-    parser.add_argument("--quick", action="store_true", help="one small workload, two caps")
+    parser.add_argument("--quick", action="store_true", help="two small workloads, two caps")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:

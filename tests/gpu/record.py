@@ -13,9 +13,9 @@ Parts, each for a share of the time; what one leaves is there for those after it
     emulated     `fidelity` and `workspaces` again on an emulated card, beside the parts that follow: see emulated.py
 
 A part that fails, or runs out of time, keeps none of the others from running; `summary.json` tells of each. After each part
-`--bundle` packs all that is there into one file, for a machine from which little comes back. What was recorded is kept under
-`tests/data/real/<card>/`. With `--emulate` everything runs on an emulated card: a rehearsal, which shows that it runs, and
-nothing about a card.
+`--bundle` packs all that is there into one file, for a machine from which little comes back. What is worth keeping goes from the
+folder into `tests/data/real/<card>/`. With `--emulate` everything runs on an emulated card: a rehearsal, which shows that it
+runs, and nothing about a card.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from recordings import ROOT, end_in_order, say, write_recording
+from recordings import ROOT, end_in_order, read_recording, say, write_recording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ class PartEnded:
 
 
 class Running:
-    """A part that runs; what it prints goes to a log and, line by line, to people."""
+    """A part that runs; what it prints goes to a log."""
 
     def __init__(
         self, part: str, command: Sequence[str], log: Path, *, stdout: Path | None = None, nice: int = 0
@@ -222,8 +222,6 @@ def _missing_for(part: str) -> str:
 
 def _card_of(folder: Path) -> str | None:
     """The card of a recording, as NVML names it."""
-    from recordings import read_recording
-
     return read_recording(folder / "fidelity.json.gz").get("machine", {}).get("card")
 
 
